@@ -1,0 +1,58 @@
+"""Schema of ``agent.toml``: who this device is, and where things lie on it. Nothing mathematical."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+from edge_sdk.config.broker import BrokerConfig
+from edge_sdk.protocol.base import Name, NotNegative, Record, Text
+
+__all__ = ["AgentConfig", "AgentSection", "BaseSection", "DataSection", "LimitsSection", "TrainerSection"]
+
+
+class AgentSection(Record, frozen=True, kw_only=True):
+    id: Name
+    device_class: Name | None = None
+    """One of ``edge-agent device-classes``."""
+    emulated: bool = False
+    """This machine only plays that device class, by limits."""
+    state_dir: Text = "state"
+    idle_unload_s: Annotated[float, msgspec.Meta(ge=0)] = 300.0
+    """The trainer ends after so long without work; 0: at once."""
+
+
+class BaseSection(Record, frozen=True, kw_only=True):
+    path: Text
+    """Local folder with config.json, model.safetensors and the tokenizer, or a hub id."""
+
+
+class DataSection(Record, frozen=True, kw_only=True):
+    path: Text
+    text: Text = "text"
+    label: Text = "label"
+
+
+class TrainerSection(Record, frozen=True, kw_only=True):
+    device: Annotated[str, msgspec.Meta(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    threads: NotNegative = 0
+    """0: as many as torch likes."""
+
+
+class LimitsSection(Record, frozen=True, kw_only=True):
+    memory_mb: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    """What the trainer process may hold in all; enforced."""
+    uplink_kbps: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    """kilobit per second; what the agent sends is held to it by a token bucket."""
+
+
+class AgentConfig(Record, frozen=True, kw_only=True):
+    """All of ``agent.toml``. Paths are relative to the file and absolute after loading."""
+
+    agent: AgentSection
+    broker: BrokerConfig
+    base: BaseSection
+    data: DataSection
+    trainer: TrainerSection = TrainerSection()
+    limits: LimitsSection = LimitsSection()

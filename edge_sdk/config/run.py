@@ -1,0 +1,90 @@
+"""Schema of ``run.toml``: everything that changes the mathematics, and where the server lives."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+
+from edge_sdk.config.agent import BaseSection, DataSection, TrainerSection
+from edge_sdk.config.broker import BrokerConfig
+from edge_sdk.protocol.base import Name, NotNegative, Positive, Record, Text
+
+__all__ = [
+    "EvaluationSection",
+    "LoraSection",
+    "RoundsSection",
+    "RunConfig",
+    "RunSection",
+    "TrainingSection",
+    "TransferSection",
+]
+
+Rate = Annotated[float, msgspec.Meta(gt=0, le=10)]
+Seconds = Annotated[float, msgspec.Meta(gt=0)]
+
+
+class RunSection(Record, frozen=True, kw_only=True):
+    name: Name
+    method: Text = "fedquad"
+    """``fedquad``, ``fedavg``, an entry point of group ``edge_sdk.methods``, or ``package.module:name``."""
+    task: Literal["classification"] = "classification"
+    labels: Annotated[tuple[Text, ...], msgspec.Meta(min_length=2, max_length=4096)]
+    template: Text = "{text}"
+    """How a row becomes the model's input; ``{text}`` is the text column."""
+    seed: int = 0
+    state_dir: Text = "state"
+
+
+class LoraSection(Record, frozen=True, kw_only=True):
+    rank: Positive = 8
+    alpha: Annotated[float, msgspec.Meta(gt=0)] = 16.0
+    targets: tuple[Text, ...] = ("all-linear",)
+
+
+class TrainingSection(Record, frozen=True, kw_only=True):
+    steps: Positive = 25
+    batch: Positive = 16
+    max_length: Annotated[int, msgspec.Meta(ge=1, le=32768)] = 128
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: Rate = 2e-3
+    head_learning_rate: Rate = 1e-2
+    weight_decay: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    clip_norm: Annotated[float, msgspec.Meta(gt=0)] = 1.0
+    warmup_steps: NotNegative = 0
+
+
+class RoundsSection(Record, frozen=True, kw_only=True):
+    total: Positive = 10
+    min_devices: Positive = 1
+    """A round waits until so many devices are there and ready."""
+    deadline_s: Seconds | None = None
+    """None: from the devices' predicted times."""
+    linger_s: Annotated[float, msgspec.Meta(ge=0)] = 30.0
+    """After the last round, how long to wait for devices to fetch the final version."""
+
+
+class EvaluationSection(Record, frozen=True, kw_only=True):
+    data: DataSection
+    every: Positive = 1
+
+
+class TransferSection(Record, frozen=True, kw_only=True):
+    chunk_kib: Annotated[int, msgspec.Meta(ge=1, le=256)] = 256
+    window: Annotated[int, msgspec.Meta(ge=1, le=256)] = 4
+    max_update_mb: Annotated[float, msgspec.Meta(gt=0, le=1000)] = 256.0
+
+
+class RunConfig(Record, frozen=True, kw_only=True):
+    """All of ``run.toml``. Paths are relative to the file and absolute after loading."""
+
+    run: RunSection
+    base: BaseSection
+    broker: BrokerConfig = BrokerConfig()
+    lora: LoraSection = LoraSection()
+    training: TrainingSection = TrainingSection()
+    rounds: RoundsSection = RoundsSection()
+    evaluation: EvaluationSection | None = None
+    transfer: TransferSection = TransferSection()
+    trainer: TrainerSection = TrainerSection()
+    """Where the server's own evaluation runs."""

@@ -1,0 +1,99 @@
+"""The base model as both sides describe it: its shape, its LoRA, its fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+
+import msgspec
+
+from edge_sdk.protocol.base import Digest, NotNegative, Positive, Record, Text
+
+__all__ = ["DensePart", "Fingerprint", "LoraModule", "LoraShape", "ModelShape"]
+
+
+class LoraShape(Record, frozen=True, kw_only=True):
+    """LoRA of a run. Effective weight: W + (alpha / rank) · B A, A of (rank, in), B of (out, rank)."""
+
+    rank: Positive = 8
+    alpha: float = 16.0
+    targets: tuple[Text, ...] = ("all-linear",)
+    """``all-linear``: every linear of a transformer layer; else the modules by name."""
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / self.rank
+
+
+class LoraModule(Record, frozen=True, kw_only=True):
+    """One linear of a transformer layer that carries LoRA, by its path below the layer."""
+
+    name: Text
+    inputs: Positive
+    outputs: Positive
+
+
+class DensePart(Record, frozen=True, kw_only=True):
+    """One tensor of the task head: trained whole, averaged whole. ``name`` is its path in the model."""
+
+    name: Text
+    shape: tuple[Positive, ...]
+
+
+class ModelShape(Record, frozen=True, kw_only=True):
+    """All that planning, initialisation and export need to know of a base model.
+
+    Layers are numbered from 0 at the input; LoRA depth d tunes the layers ``layers - d`` and above.
+    """
+
+    family: Text
+    layers: Positive
+    hidden: Positive
+    intermediate: Positive
+    heads: Positive
+    vocabulary: Positive
+    layer_path: Text
+    """Path of the list of transformer layers in the model, ``bert.encoder.layer`` say."""
+    modules: tuple[LoraModule, ...]
+    """The LoRA modules of one layer; all layers have the same."""
+    dense: tuple[DensePart, ...]
+    parameters: NotNegative
+    base_bytes: NotNegative
+    """Bytes of the weights as they rest in the trainer."""
+
+    def lora_values(self, rank: int) -> int:
+        """Values of A and B of one layer."""
+        return sum(rank * (m.inputs + m.outputs) for m in self.modules)
+
+    def dense_values(self) -> int:
+        total = 0
+        for part in self.dense:
+            count = 1
+            for size in part.shape:
+                count *= size
+            total += count
+        return total
+
+
+class Fingerprint(Record, frozen=True, kw_only=True):
+    """What all parties of a run must agree on to mix their updates. Not the base precision."""
+
+    base: Digest
+    """sha256 over name, dtype, shape and bytes of the unquantized base's tensors, in name order."""
+    tokenizer: Digest
+    labels: Digest
+    head: Text
+    max_length: Positive
+    template: Digest
+    targets: tuple[Text, ...]
+    rank: Positive
+    alpha: float
+    scaling: Text = "alpha/rank"
+
+    @property
+    def digest(self) -> Digest:
+        """sha256 of the canonical JSON form; what records and containers carry."""
+        return hashlib.sha256(msgspec.json.encode(self, order="deterministic")).hexdigest()
+
+    def differing(self, other: Fingerprint) -> tuple[str, ...]:
+        """Names of the parts in which ``other`` differs."""
+        return tuple(n for n in self.__struct_fields__ if getattr(self, n) != getattr(other, n))

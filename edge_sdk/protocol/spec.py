@@ -1,0 +1,101 @@
+"""TrainSpec and Candidate: everything that changes the mathematics on a device.
+
+A method compiles to these two records; a device runs no code that it received. Mechanisms are named by
+words rather than closed sets: ``needs`` spells them (``codec:int8``), and a device that lacks one declines
+with that word, instead of failing to read the offer.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+from edge_sdk.protocol.base import Fraction, Name, NotNegative, Positive, Record
+
+__all__ = ["Candidate", "TrainSpec", "Word"]
+
+Word = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_.-]{1,32}$")]
+"""Name of one implementation of a mechanism."""
+
+
+class Candidate(Record, frozen=True, kw_only=True):
+    """One way for one device to take part in a round, with what the planner predicts for it.
+
+    ``depth``: tuned layers counted from the output; ``quantized_layers``: how many of them, the lowest
+    first, keep their saved activations at ``activation_bits``. Memory is above the resting trainer, in
+    MB of 10^6 bytes; seconds are the whole round's, as seen from the device; gain has no unit.
+    """
+
+    id: Name
+    depth: NotNegative
+    quantized_layers: NotNegative = 0
+    activation_bits: Positive = 8
+    recompute: Word = "none"
+    base_precision: Word = "fp32"
+    slots: tuple[NotNegative, ...] | None = None
+    """Trainable slots; None: all of them."""
+    codec: Word = "int8"
+    micro_batch: Positive = 16
+    accumulation: Positive = 1
+    steps: Positive = 25
+    max_length: Positive = 128
+    peak_mb: float = 0.0
+    seconds: float = 0.0
+    bytes_up: NotNegative = 0
+    bytes_down: NotNegative = 0
+    gain: float = 0.0
+    recommended: bool = False
+
+    def needs(self) -> frozenset[str]:
+        """The mechanisms that a device must have to take this candidate."""
+        words = {f"base:{self.base_precision}", f"codec:{self.codec}", f"recompute:{self.recompute}"}
+        if self.quantized_layers:
+            words.add(f"activation:int{self.activation_bits}")
+        if self.slots is not None:
+            words.add("slots:subset")
+        return frozenset(words)
+
+
+class TrainSpec(Record, frozen=True, kw_only=True):
+    """The mathematics of a round that is the same for all its candidates."""
+
+    seed: int = 0
+    """With round, device and purpose the key of every random number."""
+    objective: Word = "cross_entropy"
+    optimizer: Word = "adamw"
+    learning_rate: float = 2e-3
+    head_learning_rate: float = 1e-2
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    warmup_steps: NotNegative = 0
+    dropout: Fraction = 0.0
+    factors: Word = "AB"
+    error_feedback: bool = True
+    error_adapter: Word = "none"
+    phases: Word = "single"
+    reinit: Word = "none"
+    fold: Word = "none"
+    privacy: Word = "none"
+    padding: Word = "max_length"
+    """``max_length``: every row padded to the same length, so that no shape depends on the draw."""
+    attention: Word = "sdpa"
+
+    def needs(self) -> frozenset[str]:
+        """The mechanisms that a device must have for any candidate of the round."""
+        kinds = (
+            "objective",
+            "optimizer",
+            "factors",
+            "error_adapter",
+            "phases",
+            "reinit",
+            "fold",
+            "privacy",
+            "padding",
+            "attention",
+        )
+        words = {f"{kind.replace('_', '-')}:{getattr(self, kind)}" for kind in kinds}
+        if self.error_feedback:
+            words.add("error-feedback:on")
+        return frozenset(words)

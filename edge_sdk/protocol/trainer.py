@@ -1,0 +1,255 @@
+"""Between the agent (or the server) and a trainer: requests, replies, and the TrainerHost interface.
+
+Every request carries the whole ``Setup``: a trainer that lacks it loads it first, so that a restarted
+process needs no other memory than the request. Tensors never travel here: files do, by path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
+
+import msgspec
+
+from edge_sdk.errors import ProtocolError
+from edge_sdk.protocol.base import Digest, Name, NotNegative, Positive, Record, Text
+from edge_sdk.protocol.measure import Fit, Measured
+from edge_sdk.protocol.model import Fingerprint, LoraShape, ModelShape
+from edge_sdk.protocol.spec import Candidate, TrainSpec
+
+__all__ = [
+    "DataSource",
+    "Describe",
+    "Described",
+    "Died",
+    "Evaluate",
+    "Evaluated",
+    "Export",
+    "Exported",
+    "Failed",
+    "FailureCause",
+    "Interrupt",
+    "Probe",
+    "Probed",
+    "Progress",
+    "Setup",
+    "Train",
+    "Trained",
+    "TrainerHost",
+    "TrainerReply",
+    "TrainerRequest",
+]
+
+Path = Text
+
+
+class DataSource(Record, frozen=True, kw_only=True):
+    """A file of rows: JSONL or CSV, told by its suffix; the columns that hold text and label."""
+
+    path: Path
+    text: Text = "text"
+    label: Text = "label"
+
+
+class Setup(Record, frozen=True, kw_only=True):
+    """What a trainer holds: the base model with LoRA in every layer, and where it may run."""
+
+    base: Path
+    """Local folder, or a hub id where the config names one."""
+    labels: tuple[Text, ...]
+    template: Text = "{text}"
+    max_length: Positive
+    micro_batch: Positive
+    lora: LoraShape
+    spec: TrainSpec
+    device: Text = "auto"
+    """``auto``, ``cpu`` or ``cuda:N``."""
+    threads: NotNegative = 0
+    """0: as many as torch likes."""
+    memory_mb: float | None = None
+    """Hard limit of what the trainer process may hold in all; None: no limit."""
+    data: DataSource | None = None
+
+
+class Describe(Record, frozen=True, kw_only=True, tag="describe"):
+    """Find the base (fetch it, where a hub id is named), load it, and tell its shape."""
+
+    id: NotNegative
+    setup: Setup
+
+
+class Probe(Record, frozen=True, kw_only=True, tag="probe"):
+    """Measure a few settings and fit the cost model, staying within the memory limit."""
+
+    id: NotNegative
+    setup: Setup
+
+
+class Train(Record, frozen=True, kw_only=True, tag="train"):
+    """Train one candidate from a version; write the update and the new residual into ``folder``."""
+
+    id: NotNegative
+    setup: Setup
+    run: Name
+    round: Positive
+    device: Name
+    fingerprint: Digest
+    candidate: Candidate
+    spec: TrainSpec
+    versions: tuple[Path, ...]
+    """Containers of the chain, a full version first."""
+    residual: Path | None = None
+    owed: tuple[Path, ...] = ()
+    """Earlier updates that were never merged; added to the residual."""
+    folder: Path
+
+
+class Evaluate(Record, frozen=True, kw_only=True, tag="evaluate"):
+    """Accuracy and loss of a version on the setup's data."""
+
+    id: NotNegative
+    setup: Setup
+    versions: tuple[Path, ...]
+
+
+class Export(Record, frozen=True, kw_only=True, tag="export"):
+    """Write a version as a PEFT adapter into ``folder``. Needs no model in memory."""
+
+    id: NotNegative
+    base: Path
+    labels: tuple[Text, ...]
+    lora: LoraShape
+    shape: ModelShape
+    fingerprint: Fingerprint
+    versions: tuple[Path, ...]
+    folder: Path
+
+
+class Interrupt(Record, frozen=True, kw_only=True, tag="interrupt"):
+    """End the current request within a step; it fails with cause ``interrupted``. Has no reply of its own."""
+
+
+TrainerRequest = Describe | Probe | Train | Evaluate | Export | Interrupt
+
+
+class Described(Record, frozen=True, kw_only=True, tag="described"):
+    id: NotNegative
+    base: Path
+    """The local folder that the base was found in."""
+    shape: ModelShape
+    rest_mb: float
+    samples: NotNegative
+    label_counts: tuple[int, ...] = ()
+    device: Text
+    """The device that the trainer computes on: ``cpu`` or ``cuda:N``."""
+    mechanisms: tuple[Text, ...]
+    torch: Text
+
+
+class Probed(Record, frozen=True, kw_only=True, tag="probed"):
+    id: NotNegative
+    fit: Fit
+
+
+class Progress(Record, frozen=True, kw_only=True, tag="progress"):
+    id: NotNegative
+    stage: Literal["loading", "probing", "training", "evaluating"]
+    done: NotNegative
+    total: NotNegative
+    loss: float | None = None
+
+
+class Trained(Record, frozen=True, kw_only=True, tag="trained"):
+    id: NotNegative
+    update: Path
+    residual: Path | None
+    samples: Positive
+    measured: Measured
+
+
+class Evaluated(Record, frozen=True, kw_only=True, tag="evaluated"):
+    id: NotNegative
+    accuracy: float
+    loss: float
+    examples: Positive
+    seconds: float
+
+
+class Exported(Record, frozen=True, kw_only=True, tag="exported"):
+    id: NotNegative
+    folder: Path
+
+
+FailureCause = Literal["memory", "data", "base", "mechanism", "extra", "container", "interrupted", "internal"]
+
+
+class Failed(Record, frozen=True, kw_only=True, tag="failed"):
+    """The request failed and the trainer lives on."""
+
+    id: NotNegative
+    cause: FailureCause
+    message: Text
+    hint: Text = ""
+
+
+class Died(Record, frozen=True, kw_only=True, tag="died"):
+    """The trainer process is gone; the host says so, since the trainer cannot."""
+
+    id: NotNegative
+    """The request that it died in."""
+    memory: bool
+    """Memory was the cause: it said so, or the cgroup's oom_kill count rose."""
+    exit: int
+    """Exit status; negative: the signal's number."""
+    message: Text
+
+
+TrainerReply = Described | Probed | Progress | Trained | Evaluated | Exported | Failed | Died
+
+
+class TrainerHost(Protocol):
+    """Something that trains: a process of its own, or one inside this process.
+
+    One request at a time. Replies come through ``deliver``, from any thread, each bearing its request's
+    id: any number of ``Progress``, then one of the others.
+    """
+
+    @property
+    def loaded(self) -> bool:
+        """Whether a trainer is running (and so holds memory)."""
+        ...
+
+    def start(self, deliver: Callable[[TrainerReply], None]) -> None: ...
+
+    def request(self, request: TrainerRequest) -> None:
+        """Begins a request; starts the trainer where needed."""
+        ...
+
+    def interrupt(self) -> None:
+        """Ends the current request within a step: it fails with cause ``interrupted``."""
+        ...
+
+    def unload(self) -> None:
+        """Ends the trainer and gives its memory back; the next request starts it again."""
+        ...
+
+    def close(self) -> None: ...
+
+
+MAX_MESSAGE_BYTES = 4 << 20
+_request_decoder = msgspec.json.Decoder(TrainerRequest)
+_reply_decoder = msgspec.json.Decoder(TrainerReply)
+
+
+def decode_request(data: bytes) -> Any:
+    try:
+        return _request_decoder.decode(data)
+    except msgspec.MsgspecError as error:
+        raise ProtocolError(f"not a trainer request: {error}") from error
+
+
+def decode_reply(data: bytes) -> Any:
+    try:
+        return _reply_decoder.decode(data)
+    except msgspec.MsgspecError as error:
+        raise ProtocolError(f"not a trainer reply: {error}") from error
