@@ -7,6 +7,7 @@ from typing import Annotated
 import msgspec
 
 from edge_sdk.config.broker import BrokerConfig
+from edge_sdk.config.kinds import BasePath, FilePath, FolderPath
 from edge_sdk.protocol.base import Name, NotNegative, Record, Text
 
 __all__ = ["AgentConfig", "AgentSection", "BaseSection", "DataSection", "LimitsSection", "TrainerSection"]
@@ -18,24 +19,27 @@ class AgentSection(Record, frozen=True, kw_only=True):
     """One of ``edge-agent device-classes``."""
     emulated: bool = False
     """This machine only plays that device class, by limits."""
-    state_dir: Text = "state"
+    state_dir: FolderPath = "state"
     idle_unload_s: Annotated[float, msgspec.Meta(ge=0)] = 300.0
     """The trainer ends after so long without work; 0: at once."""
 
 
 class BaseSection(Record, frozen=True, kw_only=True):
-    path: Text
+    path: BasePath
     """Local folder with config.json, model.safetensors and the tokenizer, or a hub id."""
 
 
 class DataSection(Record, frozen=True, kw_only=True):
-    path: Text
+    path: FilePath
+    """JSONL or CSV, told by its suffix; UTF-8."""
     text: Text = "text"
     label: Text = "label"
 
 
 class TrainerSection(Record, frozen=True, kw_only=True):
-    device: Annotated[str, msgspec.Meta(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    device: Annotated[
+        str, msgspec.Meta(pattern=r"^(auto|cpu|cuda(:\d+)?)\Z", description='"auto", "cpu" or "cuda:N"')
+    ] = "auto"
     threads: NotNegative = 0
     """0: as many as torch likes."""
 

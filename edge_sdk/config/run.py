@@ -8,6 +8,7 @@ import msgspec
 
 from edge_sdk.config.agent import BaseSection, DataSection, TrainerSection
 from edge_sdk.config.broker import BrokerConfig
+from edge_sdk.config.kinds import FolderPath
 from edge_sdk.protocol.base import Name, NotNegative, Positive, Record, Text
 
 __all__ = [
@@ -33,7 +34,7 @@ class RunSection(Record, frozen=True, kw_only=True):
     template: Text = "{text}"
     """How a row becomes the model's input; ``{text}`` is the text column."""
     seed: int = 0
-    state_dir: Text = "state"
+    state_dir: FolderPath = "state"
 
 
 class LoraSection(Record, frozen=True, kw_only=True):

@@ -24,10 +24,13 @@ PROTOCOL = 1
 MAX_RECORD_BYTES = 256 * 1024
 """Largest JSON record on the wire."""
 
-Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+Name = Annotated[
+    str,
+    msgspec.Meta(pattern=r"^[A-Za-z0-9_-]{1,64}\Z", description="1 to 64 letters, digits, _ and - (ASCII)"),
+]
 """An id that may stand as a topic level."""
 
-Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]
+Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 """A sha256 in hex: the name of an object everywhere."""
 
 Text = Annotated[str, msgspec.Meta(max_length=4096)]

@@ -1,0 +1,103 @@
+"""Loading ``agent.toml`` and ``run.toml``: one ConfigError tells all that is wrong with a file.
+
+What a single value shows is checked against the schema; here stand the rules that need more than that.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from edge_sdk.config.agent import AgentConfig, AgentSection, DataSection
+from edge_sdk.config.broker import BrokerConfig, check_broker
+from edge_sdk.config.checking import Rules, Schema, check, read_toml
+from edge_sdk.config.problems import Problem, shown
+from edge_sdk.config.run import EvaluationSection, LoraSection, RunConfig, RunSection
+from edge_sdk.data.rows import FORMATS
+from edge_sdk.device.classes import device_class
+from edge_sdk.errors import ConfigError
+
+__all__ = ["load_agent_config", "load_run_config"]
+
+_S = TypeVar("_S", bound=msgspec.Struct)
+_AGENT = Schema(AgentConfig, "agent.toml", "the device")
+_RUN = Schema(RunConfig, "run.toml", "the server")
+
+
+def load_agent_config(path: str | Path) -> AgentConfig:
+    """The device's config. Paths in it are absolute. Raises ConfigError with every error of the file."""
+    rules: Rules = {"agent": _check_agent, "broker": _check_agent_broker, "data": _check_data}
+    return _load(path, AgentConfig, _RUN, rules)
+
+
+def load_run_config(path: str | Path) -> RunConfig:
+    """The server's config. Paths in it are absolute. Raises ConfigError with every error of the file."""
+    rules: Rules = {
+        "run": _check_run,
+        "broker": check_broker,
+        "lora": _check_lora,
+        "evaluation": _check_evaluation,
+    }
+    return _load(path, RunConfig, _AGENT, rules)
+
+
+def _load(path: str | Path, kind: type[_S], other: Schema, rules: Rules) -> _S:
+    file = Path(path).expanduser()
+    return check(file, read_toml(file), kind, folder=file.absolute().parent, other=other, rules=rules)
+
+
+def _check_agent(agent: AgentSection) -> list[Problem]:
+    if agent.device_class is None:
+        what = Problem(
+            "agent.emulated", "is true without agent.device_class", "name the class that is emulated"
+        )
+        return [what] if agent.emulated else []
+    try:
+        device_class(agent.device_class)
+    except ConfigError as error:
+        return [Problem("agent.device_class", error.message, error.hint)]
+    return []
+
+
+def _check_agent_broker(broker: BrokerConfig) -> list[Problem]:
+    if broker.url != "embedded":
+        return check_broker(broker)
+    what = 'is missing or "embedded", which only the server has'
+    return [Problem("broker.url", what, "set the url that `edge-aggregator run` prints")]
+
+
+def _check_data(data: DataSection, key: str = "data") -> list[Problem]:
+    problems = []
+    suffix = Path(data.path).suffix.lower()
+    if suffix not in FORMATS:
+        what = f'received a file with the suffix "{suffix}"'
+        problems.append(Problem(f"{key}.path", what, f"rows are read from {', '.join(FORMATS)}"))
+    if data.text == data.label:
+        problems.append(Problem(f"{key}.label", f'is "{data.label}", as {key}.text is', "name two columns"))
+    return problems
+
+
+def _check_run(run: RunSection) -> list[Problem]:
+    problems = []
+    twice = [label for label, count in Counter(run.labels).items() if count > 1]
+    if twice:
+        problems.append(Problem("run.labels", f"holds {', '.join(map(shown, twice))} more than once"))
+    if "" in run.labels:
+        problems.append(Problem("run.labels", "holds an empty label"))
+    if "{text}" not in run.template:
+        what = f"received {shown(run.template)}; allowed: text that holds {{text}}"
+        problems.append(Problem("run.template", what, "{text} is where the row's text goes"))
+    return problems
+
+
+def _check_lora(lora: LoraSection) -> list[Problem]:
+    if lora.targets:
+        return []
+    return [Problem("lora.targets", "is empty", 'use ["all-linear"], or name modules')]
+
+
+def _check_evaluation(evaluation: EvaluationSection | None) -> list[Problem]:
+    return [] if evaluation is None else _check_data(evaluation.data, "evaluation.data")
