@@ -106,10 +106,9 @@ class _Walk:
         prefix = f"{key}." if key else ""
         plain: dict[str, Any] = {}
         fields = {field.encode_name: field for field in _fields(kind)}
-        for name in data.keys() - fields.keys():
-            self.problems.append(
-                Problem(prefix + name, "is no key of this file", self._advice(name, key, kind))
-            )
+        for name in (name for name in data if name not in fields):
+            what = "is no section of this file" if isinstance(data[name], dict) else "is no key of this file"
+            self.problems.append(Problem(prefix + name, what, self._advice(name, key, kind)))
         for (name, field), hint in zip(fields.items(), msgspec.structs.fields(kind), strict=True):
             inner = _struct_of(field.type)
             if inner is not None and (name in data or field.required):
@@ -157,25 +156,30 @@ class _Walk:
     def _wrong(self, key: str, value: Any, allowed: str, detail: str = "") -> None:
         item = detail.partition("`$[")[2].partition("]")[0]
         if item.isdigit() and isinstance(value, list):
-            key, value = f"{key}[{item}]", value[int(item)]
+            key, value, allowed = f"{key}[{item}]", value[int(item)], allowed.partition(", each ")[2]
         self.problems.append(Problem(key, f"received {shown(value)}; allowed: {allowed}"))
 
     def _advice(self, name: str, table: str, kind: type[msgspec.Struct]) -> str:
         """Where an unknown key belongs, or what it was probably meant to be."""
         if not table and self.other is not None and name in {f.encode_name for f in _fields(self.other.kind)}:
-            return f"[{name}] belongs in {self.other.name}, which {self.other.owner} owns"
+            own = "".join(f"; here it is [{found}]" for found in _sections(self.root) if _last(found) == name)
+            return f"[{name}] belongs in {self.other.name}, which {self.other.owner} owns{own}"
         here = [key for key in keys(self.root) if _last(key) == name]
         if here:
             return "here it is " + " or ".join(here)
         there = [key for key in keys(self.other.kind) if _last(key) == name] if self.other is not None else []
         if there and self.other is not None:
             return f"{' or '.join(there)} belongs in {self.other.name}, which {self.other.owner} owns"
-        own = [field.encode_name for field in _fields(kind)]
-        meant = nearest(name, own)
+        siblings = [field.encode_name for field in _fields(kind)]
+        meant = nearest(name, siblings)
         if meant is not None:
             return f'did you mean "{meant}"?'
         where = f"[{table}]" if table else "the file"
-        return f"{where} holds {', '.join(own)}"
+        return f"{where} holds {', '.join(siblings)}"
+
+
+def _sections(kind: type[msgspec.Struct]) -> dict[str, None]:
+    return dict.fromkeys(key.rpartition(".")[0] for key in keys(kind))
 
 
 def _fields(kind: type[msgspec.Struct]) -> tuple[inspect.Field, ...]:
