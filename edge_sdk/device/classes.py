@@ -33,15 +33,22 @@ __all__ = [
     "parse_device_class",
 ]
 
-Day = Annotated[str, msgspec.Meta(pattern=r"^\d{4}-\d{2}-\d{2}\Z", description='a day as text, "2026-01-31"')]
+Day = Annotated[
+    str,
+    msgspec.Meta(
+        pattern=r"^\d{4}(-\d{2}(-\d{2})?)?\Z", description='a date as text: "2026", "2026-01", "2026-01-31"'
+    ),
+]
 
 
 class Source(Record, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where figures come from: a vendor's page or data sheet, and the day on which it was read."""
+    """Where figures come from: a vendor's page or data sheet."""
 
     title: Text
-    url: Text | None = None
     date: Day
+    """Of the edition, as exactly as it is known."""
+    checked: Day | None = None
+    """When the figures were last compared with the source's text; None: they were not, since written down."""
 
 
 class Figure(Record, frozen=True, kw_only=True):
@@ -82,9 +89,12 @@ class DeviceClass(Record, frozen=True, kw_only=True):
     """MB of 10^6 bytes."""
     processor: Fact | None = None
     cores: Figure | None = None
+    """Processor cores, all clusters together."""
     accelerator: Fact | None = None
     fp16_tflops: Figure | None = None
+    """Peak of dense arithmetic, as the vendor states it."""
     int8_tops: Figure | None = None
+    """Peak; the note says whether sparsity and other engines are counted."""
     memory_gb_s: Figure | None = None
     ethernet_mbps: Figure | None = None
     power_modes_w: PowerModes | None = None
