@@ -1,0 +1,384 @@
+"""Objects in chunks: what goes out within the receiver's window, and what is held durably.
+
+Neither side does I/O on a network or starts a timer: the caller carries frames and ``Have`` records, and
+asks again at ``due``. The receiver's word is the only acknowledgement; a broker's is none.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from edge_sdk.errors import ContainerError, ProtocolError, StateError
+from edge_sdk.protocol.frames import MAX_CHUNK_BYTES, Chunk, encode_chunk
+from edge_sdk.protocol.wire import MAX_OBJECT_BYTES, Have
+from edge_sdk.transport.objects import ObjectStore, sync_folder
+
+__all__ = ["ObjectReceiver", "ObjectSender", "chunk_count", "sweep_partials"]
+
+_LEAST_TIMEOUT_S = 4.0
+_MOST_TIMEOUT_S = 60.0
+_MOST_RANGES = 4096
+_PART, _HAVE = ".part", ".have"
+
+
+def chunk_count(size: int, chunk_bytes: int) -> int:
+    """How many chunks an object has. Raises ProtocolError for sizes outside the contract."""
+    if not 0 < size <= MAX_OBJECT_BYTES or not 0 < chunk_bytes <= MAX_CHUNK_BYTES:
+        raise ProtocolError(f"an object of {size} bytes in chunks of {chunk_bytes} is outside the contract")
+    return -(-size // chunk_bytes)
+
+
+@dataclass
+class _Flight:
+    """A chunk under way."""
+
+    first_sent: float
+    last_sent: float
+    sendings: int = 1
+
+
+class ObjectSender:
+    """Sends one object. Nothing goes out before the first ``Have``, nor beyond its window.
+
+    A chunk is sent again after max(4 s, 4 x smoothed time to its acknowledgement), at most 60 s, doubled
+    with every repeat. That time is counted from a chunk's *first* sending: too long after a loss, never
+    too short on a slow link.
+    """
+
+    def __init__(self, transfer: bytes, path: Path, size: int, chunk_bytes: int) -> None:
+        self._transfer, self._path = transfer, path
+        self._size, self._chunk_bytes = size, chunk_bytes
+        self._count = chunk_count(size, chunk_bytes)
+        self._held = bytearray(self._count)
+        self._missing = self._count
+        self._next = 0
+        self._flights: dict[int, _Flight] = {}
+        self._window = 0
+        self._believe_all = True
+        self._smoothed: float | None = None
+        self._busy_since: float | None = None
+        self._busy_s = 0.0
+        self._acknowledged = 0
+        self.bytes_sent = 0
+        """Payload bytes handed out, repeats included."""
+        self.chunks_sent = 0
+
+    @property
+    def complete(self) -> bool:
+        """The receiver said that it holds everything."""
+        return self._missing == 0
+
+    @property
+    def in_flight(self) -> int:
+        """Chunks sent and not yet acknowledged."""
+        return len(self._flights)
+
+    @property
+    def rate_bps(self) -> float | None:
+        """Acknowledged bits per second while something was under way; None before two chunks."""
+        if self._busy_s <= 0 or self._acknowledged < 2 * self._chunk_bytes:
+            return None
+        return 8 * self._acknowledged / self._busy_s
+
+    def on_have(self, have: Have, now: float) -> None:
+        """Takes the receiver's word. Raises ProtocolError where it speaks of another object.
+
+        A shorter list than before is believed only when nothing is under way: the receiver lost its
+        partial file then, while otherwise it is an older record that arrived late.
+        """
+        if have.bytes != self._size or have.chunk_bytes != self._chunk_bytes:
+            raise ProtocolError(
+                f"the receiver speaks of {have.bytes} bytes in chunks of {have.chunk_bytes}, "
+                f"the object has {self._size} in chunks of {self._chunk_bytes}"
+            )
+        held = _mark(have.ranges, self._count)
+        self._acknowledge([index for index in self._flights if held[index]], now)
+        if self._believe_all or not self._flights:
+            self._believe_all = False
+            self._held = held
+        else:
+            for index, one in enumerate(held):
+                if one:
+                    self._held[index] = 1
+        self._missing = self._held.count(0)
+        self._next = 0
+        self._window = have.window
+
+    def next_frame(self, now: float) -> bytes | None:
+        """The next frame that may go out now, overdue ones first; None: wait for ``Have`` or ``due``.
+
+        Raises StateError when the object on disk is gone or shorter than announced.
+        """
+        if self._window == 0:
+            return None
+        for index, flight in self._flights.items():
+            if self._due(flight) <= now:
+                frame = self._frame(index)
+                flight.last_sent, flight.sendings = now, flight.sendings + 1
+                return frame
+        if len(self._flights) >= self._window:
+            return None
+        while self._next < self._count:
+            index = self._next
+            if not self._held[index] and index not in self._flights:
+                frame = self._frame(index)
+                self._flights[index] = _Flight(now, now)
+                if self._busy_since is None:
+                    self._busy_since = now
+                return frame
+            self._next += 1
+        return None
+
+    def mark_lost(self) -> None:
+        """After a reconnect: what was under way may be gone. Sends nothing before the next ``Have``."""
+        self._flights.clear()
+        self._window = 0
+        self._believe_all = True
+        self._busy_since = None
+
+    def due(self, now: float) -> float | None:
+        """Monotonic time at which the next chunk is sent again; None: nothing is under way."""
+        if not self._flights or self._window == 0:
+            return None
+        return max(now, min(self._due(flight) for flight in self._flights.values()))
+
+    def _due(self, flight: _Flight) -> float:
+        timeout = max(_LEAST_TIMEOUT_S, 4 * (self._smoothed or 0.0)) * 2.0 ** min(flight.sendings - 1, 8)
+        return flight.last_sent + min(timeout, _MOST_TIMEOUT_S)
+
+    def _acknowledge(self, indexes: Sequence[int], now: float) -> None:
+        for index in indexes:
+            took = now - self._flights.pop(index).first_sent
+            self._smoothed = took if self._smoothed is None else 0.875 * self._smoothed + 0.125 * took
+            self._acknowledged += self._length(index)
+        if indexes and self._busy_since is not None:
+            self._busy_s += now - self._busy_since
+            self._busy_since = now if self._flights else None
+
+    def _length(self, index: int) -> int:
+        return min(self._chunk_bytes, self._size - index * self._chunk_bytes)
+
+    def _frame(self, index: int) -> bytes:
+        offset, length = index * self._chunk_bytes, self._length(index)
+        try:
+            with self._path.open("rb") as file:
+                file.seek(offset)
+                payload = file.read(length)
+        except OSError as error:
+            raise StateError(f"the object {self._path} cannot be read: {error.strerror}") from error
+        if len(payload) != length:
+            raise StateError(f"the object {self._path} is shorter than the {self._size} bytes announced")
+        frame = encode_chunk(self._transfer, index, offset, payload)
+        self.bytes_sent += length
+        self.chunks_sent += 1
+        return frame
+
+
+_HEADER = struct.Struct("<4sIQQ")
+_MAGIC = b"HAV1"
+
+
+class ObjectReceiver:
+    """Receives one object into ``{digest}.part``, and knows in ``{digest}.have`` which chunks it holds.
+
+    Order of writing: a chunk's bytes, fdatasync, then its one byte in the ``.have`` file. So what
+    ``ranges`` claims is durable, and a crash at any point loses at most chunks that nobody was told of.
+    The ``.have`` file begins with magic, chunk size, object size and the count of duplicate bytes.
+    """
+
+    def __init__(self, folder: Path, digest: str, size: int, chunk_bytes: int) -> None:
+        """Use ``open``."""
+        self.digest, self.size, self.chunk_bytes = digest, size, chunk_bytes
+        self._folder = folder
+        self._part_path, self._have_path = folder / f"{digest}{_PART}", folder / f"{digest}{_HAVE}"
+        self._held = bytearray(chunk_count(size, chunk_bytes))
+        self._part = self._have = -1
+        self.duplicate_bytes = 0
+        """Payload bytes that arrived more than once; survives a restart."""
+        self.received_bytes = 0
+        """Bytes of the object that are held, those of earlier sessions included."""
+
+    @classmethod
+    def open(cls, folder: Path, digest: str, size: int, chunk_bytes: int) -> ObjectReceiver:
+        """Starts, or goes on with what lies in ``folder`` for the same object, size and chunk size.
+
+        Raises ProtocolError for sizes outside the contract, StateError where there is no room for it.
+        """
+        receiver = cls(folder, digest, size, chunk_bytes)
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            receiver._open()
+        except OSError as error:
+            receiver.close()
+            raise StateError(
+                f"an object of {size} bytes cannot be received into {folder}: {error.strerror}",
+                "free space on that file system" if error.errno == errno.ENOSPC else "",
+            ) from error
+        return receiver
+
+    def _open(self) -> None:
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+        self._part = os.open(self._part_path, flags, 0o600)
+        self._have = os.open(self._have_path, flags, 0o600)
+        expected = (_MAGIC, self.chunk_bytes, self.size)
+        head = os.pread(self._have, _HEADER.size, 0)
+        if (
+            len(head) == _HEADER.size
+            and _HEADER.unpack(head)[:3] == expected
+            and os.fstat(self._part).st_size == self.size
+        ):
+            self.duplicate_bytes = _HEADER.unpack(head)[3]
+            held = os.pread(self._have, len(self._held), _HEADER.size)
+            self._held[: len(held)] = bytes(1 if one == 1 else 0 for one in held)
+            self.received_bytes = sum(self._length(i) for i, one in enumerate(self._held) if one)
+            return
+        os.ftruncate(self._have, 0)
+        os.fsync(self._have)  # the old claims must be gone for good before the old bytes go
+        os.ftruncate(self._part, 0)
+        try:
+            os.posix_fallocate(self._part, 0, self.size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                self.discard()
+                raise
+            os.ftruncate(self._part, self.size)
+        os.fsync(self._part)
+        _write(self._have, _HEADER.pack(*expected, 0), 0)
+        sync_folder(self._folder)
+
+    def __enter__(self) -> ObjectReceiver:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def ranges(self) -> tuple[tuple[int, int], ...]:
+        """Chunks held, as half-open ranges in order."""
+        return tuple(_ranges(self._held))
+
+    @property
+    def complete(self) -> bool:
+        return 0 not in self._held
+
+    def accept(self, chunk: Chunk) -> bool:
+        """Makes one chunk durable. False: it was held already.
+
+        Raises ProtocolError where it is no chunk of this object, StateError when the disk refuses it.
+        """
+        index = chunk.index
+        if index >= len(self._held):
+            raise ProtocolError(f"chunk {index} of an object that has {len(self._held)}")
+        if chunk.offset != index * self.chunk_bytes or len(chunk.payload) != self._length(index):
+            raise ProtocolError(
+                f"chunk {index} at offset {chunk.offset} with {len(chunk.payload)} bytes does not fit "
+                f"an object of {self.size} bytes in chunks of {self.chunk_bytes}"
+            )
+        try:
+            if self._held[index]:
+                self.duplicate_bytes += len(chunk.payload)
+                header = _HEADER.pack(_MAGIC, self.chunk_bytes, self.size, self.duplicate_bytes)
+                _write(self._have, header, 0)
+                return False
+            _write(self._part, chunk.payload, chunk.offset)
+            os.fdatasync(self._part)
+            _write(self._have, b"\x01", _HEADER.size + index)
+        except OSError as error:
+            raise StateError(
+                f"chunk {index} cannot be written to {self._folder}: {error.strerror}"
+            ) from error
+        self._held[index] = 1
+        self.received_bytes += len(chunk.payload)
+        return True
+
+    def have(self, device: str, window: int) -> Have:
+        """The record that tells the sender what is held, and how much more may be under way."""
+        return Have(
+            device=device,
+            object=self.digest,
+            bytes=self.size,
+            chunk_bytes=self.chunk_bytes,
+            ranges=self.ranges[:_MOST_RANGES],
+            window=window,
+        )
+
+    def finish(self, store: ObjectStore) -> Path:
+        """Verifies the whole object and moves it into ``store``; returns its path there.
+
+        Raises ContainerError when its bytes are not those of its name: the partial file is removed then.
+        StateError: chunks are missing.
+        """
+        if not self.complete:
+            raise StateError(
+                f"object {self.digest[:12]} is not complete: {self._held.count(0)} chunks missing"
+            )
+        self.close()
+        try:
+            store.adopt(self._part_path, expect=self.digest)
+        except ContainerError:
+            self.discard()
+            raise
+        self._have_path.unlink(missing_ok=True)
+        return store.path(self.digest)
+
+    def discard(self) -> None:
+        """Forgets everything received."""
+        self.close()
+        self._have_path.unlink(missing_ok=True)
+        self._part_path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Lets go of the files; ``open`` goes on where it stopped."""
+        for descriptor in (self._part, self._have):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._part = self._have = -1
+
+    def _length(self, index: int) -> int:
+        return min(self.chunk_bytes, self.size - index * self.chunk_bytes)
+
+
+def sweep_partials(folder: Path, keep: set[str]) -> list[str]:
+    """Removes the partial files of all objects but those in ``keep``; returns the digests removed."""
+    gone: set[str] = set()
+    for entry in folder.iterdir() if folder.is_dir() else ():
+        if entry.suffix in (_PART, _HAVE) and entry.stem not in keep:
+            entry.unlink(missing_ok=True)
+            gone.add(entry.stem)
+    return sorted(gone)
+
+
+def _write(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def _ranges(held: bytearray) -> Iterator[tuple[int, int]]:
+    first = held.find(1)
+    while first >= 0:
+        after = held.find(0, first)
+        if after < 0:
+            after = len(held)
+        yield first, after
+        first = held.find(1, after)
+
+
+def _mark(ranges: Sequence[tuple[int, int]], count: int) -> bytearray:
+    """The chunks in ``ranges``. Raises ProtocolError for ranges out of order, empty or beyond the end."""
+    held, end = bytearray(count), 0
+    for first, after in ranges:
+        if not end <= first < after <= count:
+            raise ProtocolError(f"chunks [{first}, {after}) are no range of an object of {count} chunks")
+        held[first:after] = b"\x01" * (after - first)
+        end = after
+    return held
