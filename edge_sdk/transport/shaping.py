@@ -36,7 +36,9 @@ class TokenBucket:
         if self._rate is None:
             return 0.0
         self._refill()
-        return max(0.0, (min(float(size), self._burst) - self._level) / self._rate)
+        short = min(float(size), self._burst) - self._level
+        # Less than a byte is rounding; waiting for it may be too short to move a clock at all.
+        return short / self._rate if short >= 1 else 0.0
 
     def _refill(self) -> None:
         now = self._clock.monotonic()
