@@ -1,0 +1,47 @@
+"""The mechanisms that this trainer has, by the words of ``TrainSpec.needs()`` and ``Candidate.needs()``.
+
+No torch here: a word is known without loading a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from edge_sdk.errors import MechanismError
+from edge_sdk.protocol.spec import Candidate, TrainSpec
+
+__all__ = ["MECHANISMS", "refuse_missing"]
+
+MECHANISMS: tuple[str, ...] = (
+    "activation:int8",
+    "attention:sdpa",
+    "base:fp32",
+    "codec:fp16",
+    "codec:fp32",
+    "codec:int8",
+    "error-adapter:none",
+    "error-feedback:on",
+    "factors:AB",
+    "fold:none",
+    "objective:cross_entropy",
+    "optimizer:adamw",
+    "optimizer:sgd",
+    "padding:max_length",
+    "phases:single",
+    "privacy:none",
+    "recompute:none",
+    "reinit:none",
+)
+
+
+def refuse_missing(spec: TrainSpec, candidate: Candidate | None = None) -> None:
+    """Raises MechanismError naming every mechanism that is asked for and not had here."""
+    needs: Iterable[str] = spec.needs() | (candidate.needs() if candidate else frozenset())
+    missing = sorted(set(needs) - set(MECHANISMS))
+    if spec.dropout:
+        missing.append(f"dropout:{spec.dropout}")
+    if missing:
+        raise MechanismError(
+            f"this trainer has no mechanism {', '.join(missing)}",
+            "update edge-sdk on the device, or choose another method in run.toml",
+        )
