@@ -148,13 +148,20 @@ class Offer(Record, frozen=True, kw_only=True, tag="offer"):
     round: Positive
     nonce: Name
     deadline_s: Deadline
-    """Duration from receipt, on the device's own clock."""
+    """Duration from receipt, on the device's own clock, after which the round closes."""
+    target_s: Deadline | None = None
+    """What the plan aims at; shorter than the deadline, which also bears what no prediction holds."""
     spec: TrainSpec
     versions: Annotated[tuple[VersionRef, ...], msgspec.Meta(min_length=1)]
     """The chain that leads to the version to build on, which is the last one."""
     candidates: Annotated[tuple[Candidate, ...], msgspec.Meta(min_length=1, max_length=12)]
     chunk_bytes: ChunkBytes = 256 * 1024
     window: Window = 4
+
+    @property
+    def time_budget_s(self) -> float:
+        """What a candidate's predicted time must stay within."""
+        return self.deadline_s if self.target_s is None else min(self.target_s, self.deadline_s)
 
 
 class Choice(Record, frozen=True, kw_only=True, tag="choice"):
@@ -232,8 +239,9 @@ class Receipt(Record, frozen=True, kw_only=True, tag="receipt"):
 
 RefusalReason = Literal[
     "protocol", "fingerprint", "identity", "run", "round", "version", "size", "corrupt", "shape",
-    "nonfinite", "samples", "storage",
+    "nonfinite", "samples", "storage", "duplicate",
 ]  # fmt: skip
+"""``duplicate``: another update of this device and round counts already; this one must never count."""
 
 
 class Refusal(Record, frozen=True, kw_only=True, tag="refusal"):

@@ -1,0 +1,280 @@
+"""The device's choice: the candidate of the best gain that meets its budgets, and which budget binds.
+
+The planner uses the same rules (``fits_memory``, ``predictable``), so that what it recommends is what a
+device chooses while the two measure the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import msgspec
+
+from edge_sdk.planning.cost import RoundTime, peak_mb, round_time, update_bytes
+from edge_sdk.protocol.measure import Budget, Fit
+from edge_sdk.protocol.model import LoraShape, ModelShape
+from edge_sdk.protocol.spec import Candidate
+
+__all__ = [
+    "MEMORY_SAFETY",
+    "STEP_DOWN_MARGIN",
+    "Budgets",
+    "Chosen",
+    "Infeasible",
+    "choose",
+    "fits_memory",
+    "predict",
+    "predictable",
+    "step_down",
+]
+
+MEMORY_SAFETY = 0.9
+"""Share of the memory budget that a prediction may fill (kappa of the FedQuad memory rule)."""
+
+STEP_DOWN_MARGIN = 0.1
+"""After an out-of-memory the next candidate is predicted to need at least this share less."""
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """What a round may use on this device.
+
+    ``memory_mb``: above the resting trainer, as ``Memory.budget_mb``, before the safety factor.
+    ``deadline_s``: what a predicted round may take (``Offer.time_budget_s``); None: as long as it likes.
+    ``up_bps``, ``down_bps``: None: not known, and then no reason to exclude anything.
+    """
+
+    memory_mb: float
+    deadline_s: float | None = None
+    up_bps: float | None = None
+    down_bps: float | None = None
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The candidate taken, with the device's own predictions in it."""
+
+    candidate: Candidate
+    binding: Budget
+    time: RoundTime
+    reason: str
+    """Why no better one, with numbers; empty when nothing better was offered."""
+
+
+@dataclass(frozen=True)
+class Infeasible:
+    """No candidate meets the budgets. ``reason`` is a ``DeclineReason``.
+
+    ``trainer``: the fit says nothing about what is offered (another batch, length or precision).
+    """
+
+    reason: Literal["memory", "deadline", "trainer"]
+    message: str
+
+
+@dataclass(frozen=True)
+class _Option:
+    candidate: Candidate
+    time: RoundTime
+    memory_use: float
+    """Predicted peak over what may be filled; above 1: does not fit."""
+    time_use: float
+
+    @property
+    def rank(self) -> tuple[float, float, str]:
+        return (-self.candidate.gain, self.candidate.seconds, self.candidate.id)
+
+    @property
+    def exceeds(self) -> tuple[Budget, ...]:
+        late: Budget = "link" if self.time.link_s > self.time.train_s else "compute"
+        over: list[tuple[float, Budget]] = [(self.memory_use, "memory"), (self.time_use, late)]
+        return tuple(budget for use, budget in sorted(over, reverse=True) if use > 1.0)
+
+
+def fits_memory(peak: float, budget_mb: float) -> bool:
+    """Whether a predicted peak above rest fits: peak <= 0.9 · budget."""
+    return peak <= MEMORY_SAFETY * budget_mb
+
+
+def predictable(
+    fit: Fit, depth: int, quantized: int, *, micro_batch: int, max_length: int, activation_bits: int
+) -> bool:
+    """Whether the fit's probes say anything about a setting.
+
+    Plain layers need a plain probe, quantized layers a quantized one of the same bits, a mix of both needs
+    both: a fit made of quantized probes alone cannot tell what a plain layer costs, nor the other way round.
+    """
+    if (fit.micro_batch, fit.max_length) != (micro_batch, max_length):
+        return False
+    if quantized and fit.activation_bits != activation_bits:
+        return False
+    plain = any(p.quantized_layers == 0 for p in fit.probes)
+    packed = any(p.quantized_layers > 0 for p in fit.probes)
+    return (plain or quantized >= depth > 0) and (packed or not quantized)
+
+
+def predict(
+    candidate: Candidate, *, fit: Fit, budgets: Budgets, shape: ModelShape, lora: LoraShape, down_bytes: int
+) -> tuple[Candidate, RoundTime]:
+    """The candidate with this device's own peak, seconds and bytes in it, and its seconds apart."""
+    bytes_up = update_bytes(shape, lora, candidate.depth, candidate.codec)
+    time = round_time(
+        fit,
+        candidate.depth,
+        candidate.quantized_layers,
+        steps=candidate.steps * candidate.accumulation,
+        bytes_up=bytes_up,
+        bytes_down=down_bytes,
+        up_bps=budgets.up_bps,
+        down_bps=budgets.down_bps,
+    )
+    own = msgspec.structs.replace(
+        candidate,
+        peak_mb=peak_mb(fit, candidate.depth, candidate.quantized_layers),
+        seconds=time.total_s,
+        bytes_up=bytes_up,
+        bytes_down=down_bytes,
+    )
+    return own, time
+
+
+def choose(
+    candidates: Sequence[Candidate],
+    *,
+    fit: Fit,
+    budgets: Budgets,
+    shape: ModelShape,
+    lora: LoraShape,
+    down_bytes: int,
+) -> Chosen | Infeasible:
+    """Best gain first, then the fewest seconds, then the id, among those that meet every budget.
+
+    ``down_bytes``: what the device has to fetch before it can train; the same for all candidates.
+
+    The binding budget is the one whose relaxation alone admits a better candidate, the best one first; if no
+    budget alone does, the most exceeded one of the next better candidate. A chosen candidate with quantized
+    layers has one better sibling that need not be in the offer: its plain form.
+    """
+    options = _options(candidates, fit, budgets, shape, lora, down_bytes)
+    if not options:
+        return Infeasible("trainer", _unpredictable(candidates, fit))
+    fitting = [o for o in options if not o.exceeds]
+    if not fitting:
+        return _infeasible(options, budgets)
+    best = min(fitting, key=lambda o: o.rank)
+    better = [o for o in options if o.rank < best.rank]
+    if best.candidate.quantized_layers:
+        plain = msgspec.structs.replace(best.candidate, id="plain", quantized_layers=0)
+        better += _options([plain], fit, budgets, shape, lora, down_bytes)
+    binding, because = _binding([o for o in better if o.exceeds])
+    return Chosen(best.candidate, binding, best.time, _explain(because, budgets) if because else "")
+
+
+def step_down(
+    candidates: Sequence[Candidate],
+    failed: Candidate,
+    *,
+    fit: Fit,
+    budgets: Budgets,
+    shape: ModelShape,
+    lora: LoraShape,
+    down_bytes: int,
+) -> Chosen | None:
+    """What to try after ``failed`` ran out of memory: the best that is predicted to need at least
+    ``STEP_DOWN_MARGIN`` less, and meets the budgets; None when there is none."""
+    ceiling = (1.0 - STEP_DOWN_MARGIN) * peak_mb(fit, failed.depth, failed.quantized_layers)
+    smaller = [
+        o
+        for o in _options(candidates, fit, budgets, shape, lora, down_bytes)
+        if not o.exceeds and o.candidate.peak_mb <= ceiling
+    ]
+    if not smaller:
+        return None
+    best = min(smaller, key=lambda o: o.rank)
+    return Chosen(best.candidate, "memory", best.time, f"{_name(failed)} ran out of memory")
+
+
+def _options(
+    candidates: Sequence[Candidate],
+    fit: Fit,
+    budgets: Budgets,
+    shape: ModelShape,
+    lora: LoraShape,
+    down_bytes: int,
+) -> list[_Option]:
+    options = []
+    room = MEMORY_SAFETY * budgets.memory_mb
+    for candidate in candidates:
+        if not predictable(
+            fit,
+            candidate.depth,
+            candidate.quantized_layers,
+            micro_batch=candidate.micro_batch,
+            max_length=candidate.max_length,
+            activation_bits=candidate.activation_bits,
+        ):
+            continue
+        own, time = predict(
+            candidate, fit=fit, budgets=budgets, shape=shape, lora=lora, down_bytes=down_bytes
+        )
+        fits = fits_memory(own.peak_mb, budgets.memory_mb)
+        memory_use = own.peak_mb / room if room > 0 else float("inf")
+        options.append(
+            _Option(
+                own,
+                time,
+                memory_use=min(memory_use, 1.0) if fits else max(memory_use, 1.0 + 1e-9),
+                time_use=own.seconds / budgets.deadline_s if budgets.deadline_s else 0.0,
+            )
+        )
+    return options
+
+
+def _binding(excluded: Sequence[_Option]) -> tuple[Budget, _Option | None]:
+    if not excluded:
+        return "none", None
+    ordered = sorted(excluded, key=lambda o: o.rank)
+    for option in ordered:
+        if len(option.exceeds) == 1:
+            return option.exceeds[0], option
+    return ordered[-1].exceeds[0], ordered[-1]
+
+
+def _name(candidate: Candidate) -> str:
+    return f"depth {candidate.depth} with {candidate.quantized_layers} quantized layers"
+
+
+def _explain(option: _Option, budgets: Budgets) -> str:
+    told = []
+    for budget in option.exceeds:
+        if budget == "memory":
+            told.append(
+                f"needs {option.candidate.peak_mb:.0f} MB above rest and "
+                f"{MEMORY_SAFETY * budgets.memory_mb:.0f} MB may be used"
+            )
+        else:
+            told.append(
+                f"takes {option.candidate.seconds:.1f} s ({option.time.train_s:.1f} s training, "
+                f"{option.time.link_s:.1f} s on the link) of {budgets.deadline_s:.1f} s"
+            )
+    return f"{_name(option.candidate)} " + " and ".join(told)
+
+
+def _infeasible(options: Sequence[_Option], budgets: Budgets) -> Infeasible:
+    in_memory = [o for o in options if o.memory_use <= 1.0]
+    if in_memory:
+        return Infeasible(
+            "deadline", "even " + _explain(min(in_memory, key=lambda o: o.candidate.seconds), budgets)
+        )
+    return Infeasible("memory", "even " + _explain(min(options, key=lambda o: o.candidate.peak_mb), budgets))
+
+
+def _unpredictable(candidates: Sequence[Candidate], fit: Fit) -> str:
+    asked = sorted({(c.micro_batch, c.max_length) for c in candidates})
+    return (
+        f"the probes of this device (batch {fit.micro_batch}, length {fit.max_length}, "
+        f"{len(fit.probes)} settings) say nothing about the candidates offered "
+        f"(batch and length {', '.join(f'{b} x {n}' for b, n in asked)})"
+    )

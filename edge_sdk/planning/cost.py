@@ -1,0 +1,195 @@
+"""The cost model: memory, time and bytes of a LoRA depth ``d`` with ``a`` quantized layers.
+
+Memory and step time are linear in d and a with the coefficients of a device's own ``Fit``; bytes follow
+from the model's shape and the container's form. MB are 10^6 bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import msgspec
+
+from edge_sdk.errors import MechanismError
+from edge_sdk.protocol.container import METADATA_KEY, ContainerHeader, Part
+from edge_sdk.protocol.measure import Fit
+from edge_sdk.protocol.model import LoraShape, ModelShape
+
+__all__ = [
+    "CODECS",
+    "CodecCost",
+    "RoundTime",
+    "link_s",
+    "peak_mb",
+    "round_time",
+    "step_s",
+    "update_bytes",
+    "version_bytes",
+]
+
+
+class CodecCost(NamedTuple):
+    """What a codec writes: bits per value, and whether every row brings a 4-byte scale."""
+
+    bits: int
+    row_scales: bool
+    dtype: str
+    """How safetensors names its values."""
+
+
+CODECS = {
+    "fp32": CodecCost(32, False, "F32"),
+    "fp16": CodecCost(16, False, "F16"),
+    "int8": CodecCost(8, True, "I8"),
+}
+
+
+def peak_mb(fit: Fit, depth: int, quantized: int) -> float:
+    """Highest memory of a round above the resting trainer, MB."""
+    peak = fit.head_mb + depth * fit.layer_mb
+    if quantized:
+        peak += fit.work_mb - quantized * fit.saved_mb
+    return peak
+
+
+def step_s(fit: Fit, depth: int, quantized: int) -> float:
+    """Seconds of one step of ``fit.micro_batch`` rows."""
+    return fit.forward_s + depth * fit.layer_s + quantized * fit.quantize_s
+
+
+@dataclass(frozen=True)
+class RoundTime:
+    """A device's seconds in a round: t = t_down + steps · t_step + t_up."""
+
+    train_s: float
+    up_s: float
+    down_s: float
+
+    @property
+    def total_s(self) -> float:
+        return self.train_s + self.up_s + self.down_s
+
+    @property
+    def link_s(self) -> float:
+        return self.up_s + self.down_s
+
+
+def link_s(size: int, bps: float | None) -> float:
+    """Seconds for ``size`` bytes; 0 where the rate is not known, since a guess would pass for a measurement."""
+    return 8.0 * size / bps if bps else 0.0
+
+
+def round_time(
+    fit: Fit,
+    depth: int,
+    quantized: int,
+    *,
+    steps: int,
+    bytes_up: int,
+    bytes_down: int,
+    up_bps: float | None,
+    down_bps: float | None,
+) -> RoundTime:
+    """Time of a round of ``steps`` steps (accumulated ones counted one by one)."""
+    return RoundTime(
+        train_s=steps * step_s(fit, depth, quantized),
+        up_s=link_s(bytes_up, up_bps),
+        down_s=link_s(bytes_down, down_bps),
+    )
+
+
+@lru_cache(maxsize=1024)
+def update_bytes(shape: ModelShape, lora: LoraShape, depth: int, codec: str) -> int:
+    """Size of an update's container: LoRA of the top ``depth`` layers, and the dense parts.
+
+    Raises MechanismError for a codec without a cost.
+    """
+    return _container_bytes(_parts(shape, lora, depth, _codec(codec).bits), codec, kind_update=True)
+
+
+@lru_cache(maxsize=64)
+def version_bytes(shape: ModelShape, lora: LoraShape, codec: str = "fp16") -> int:
+    """Size of a full version's container: LoRA of all layers, and the dense parts."""
+    return _container_bytes(_parts(shape, lora, shape.layers, _codec(codec).bits), codec, kind_update=False)
+
+
+def _codec(codec: str) -> CodecCost:
+    try:
+        return CODECS[codec]
+    except KeyError:
+        raise MechanismError(
+            f"no cost is known for the codec {codec!r}", f"codecs: {', '.join(CODECS)}"
+        ) from None
+
+
+def _parts(shape: ModelShape, lora: LoraShape, depth: int, bits: int) -> tuple[Part, ...]:
+    parts = []
+    for layer in range(shape.layers - depth, shape.layers):
+        for module in shape.modules:
+            for factor, width in (("A", module.inputs), ("B", module.outputs)):
+                parts.append(
+                    Part(
+                        layer=layer,
+                        module=module.name,
+                        factor=factor,  # type: ignore[arg-type]
+                        rows=lora.rank,
+                        width=width,
+                        bits=bits,  # type: ignore[arg-type]
+                    )
+                )
+    for dense in shape.dense:
+        rows = dense.shape[0] if len(dense.shape) > 1 else 1
+        width = 1
+        for size in dense.shape[1:] or dense.shape:
+            width *= size
+        parts.append(
+            Part(
+                layer=None,
+                module=dense.name,
+                factor="dense",
+                role="dense",
+                rows=rows,
+                width=width,
+                bits=bits,  # type: ignore[arg-type]
+            )
+        )
+    return tuple(parts)
+
+
+_DIGEST = "0" * 64
+# Names and numbers of a run that the header spells out, and that differ from run to run.
+_RUN = "x" * 16
+_ROUND = 100
+
+
+def _container_bytes(parts: tuple[Part, ...], codec: str, *, kind_update: bool) -> int:
+    """Payload, scales, and the very header that the container would have, but for the run's name."""
+    cost = CODECS[codec]
+    header = ContainerHeader(
+        kind="update" if kind_update else "version",
+        run=_RUN,
+        round=_ROUND,
+        version=None if kind_update else _ROUND,
+        builds_on=_ROUND if kind_update else None,
+        fingerprint=_DIGEST,
+        codec=codec,
+        parts=parts,
+    )
+    payload = 0
+    entries: dict[str, object] = {"__metadata__": {METADATA_KEY: msgspec.json.encode(header).decode()}}
+    for part in parts:
+        size = part.rows * part.width * cost.bits // 8
+        entries[part.key] = _entry(cost.dtype, [part.rows, part.width], payload, size)
+        payload += size
+        if cost.row_scales:
+            entries[f"{part.key}.scale"] = _entry("F32", [part.rows], payload, 4 * part.rows)
+            payload += 4 * part.rows
+    text = len(msgspec.json.encode(entries))
+    # safetensors: 8 bytes of length, then the JSON padded to a multiple of 8
+    return 8 + (text + 7) // 8 * 8 + payload
+
+
+def _entry(dtype: str, shape: list[int], start: int, size: int) -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, start + size]}
