@@ -111,10 +111,12 @@ class _Walk:
             self.problems.append(Problem(prefix + name, what, self._advice(name, key, kind)))
         for (name, field), hint in zip(fields.items(), msgspec.structs.fields(kind), strict=True):
             inner = _struct_of(field.type)
-            if inner is not None and (name in data or field.required):
+            if inner is not None and (name in data or field.default is not None):
                 plain[name] = self.table(inner, data.get(name, {}), prefix + name)
             elif name in data:
                 plain[name] = self._value(hint.type, field.type, data[name], prefix + name)
+            elif _path_kind(field.type) and isinstance(field.default, str):
+                plain[name] = self._value(hint.type, field.type, field.default, prefix + name)
             elif field.required:
                 self.problems.append(Problem(prefix + name, f"is missing; allowed: {_describe(field.type)}"))
         return plain
@@ -132,26 +134,21 @@ class _Walk:
 
     def _path(self, kind: str, value: str, key: str) -> str:
         try:
-            path = self.folder / Path(value).expanduser()
-            there = path.exists()
-        except (RuntimeError, OSError, ValueError) as error:  # "~nobody", a name too long, a NUL
+            path = (self.folder / Path(value).expanduser()).resolve()
+            there, is_file = path.exists(), path.is_file()
+        except (RuntimeError, OSError, ValueError) as error:  # "~nobody", a loop of links, a NUL
             self.problems.append(Problem(key, f"received {shown(value)}, which is no path here: {error}"))
             return value
         if kind == "base":
             local = there or value.startswith((".", "~", "/")) or value.count("/") > 1
-            return str(path.resolve()) if local else value
-        if kind == "file" and not path.is_file():
+            return str(path) if local else value
+        if kind == "file" and not is_file:
             what = "which is no file" if there else "which does not exist"
-            self.problems.append(
-                Problem(
-                    key,
-                    f"received {shown(value)}, {what}",
-                    f"looked at {path}; paths start at the config file",
-                )
-            )
-        if kind == "folder" and there and not path.is_dir():
+            hint = f"looked at {path}; paths start at the config file"
+            self.problems.append(Problem(key, f"received {shown(value)}, {what}", hint))
+        if kind == "folder" and is_file:
             self.problems.append(Problem(key, f"received {shown(value)}, which is a file", "name a folder"))
-        return str(path.resolve())
+        return str(path)
 
     def _wrong(self, key: str, value: Any, allowed: str, detail: str = "") -> None:
         item = detail.partition("`$[")[2].partition("]")[0]

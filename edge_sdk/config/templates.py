@@ -1,0 +1,163 @@
+"""The commented config files that ``init`` writes: every key is there, with what it costs.
+
+A key that is commented out stands with its default, or with an example where its default is "none".
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+
+__all__ = ["agent_toml", "run_toml"]
+
+
+def agent_toml(
+    *,
+    id: str = "device-1",
+    broker_url: str = "mqtt://127.0.0.1:1883",
+    base: str = "sentence-transformers/all-MiniLM-L6-v2",
+    data: str = "train.jsonl",
+) -> str:
+    """Text of an ``agent.toml``. It loads as soon as the file of rows is there."""
+    return _fill(_AGENT, ID=id, URL=broker_url, BASE=base, DATA=data)
+
+
+def run_toml(
+    *,
+    name: str = "my-run",
+    labels: Sequence[str] = ("negative", "positive"),
+    base: str = "sentence-transformers/all-MiniLM-L6-v2",
+    data: str = "held-out.jsonl",
+) -> str:
+    """Text of a ``run.toml``. It loads as soon as the file of held-out rows is there."""
+    return _fill(_RUN, NAME=name, LABELS=list(labels), BASE=base, DATA=data)
+
+
+def _fill(template: str, **values: str | list[str]) -> str:
+    # A JSON string, or list of strings, is a TOML one too, save for DEL, which JSON leaves as it is.
+    texts = {name: json.dumps(value, ensure_ascii=False) for name, value in values.items()}
+    return re.sub("<([A-Z]+)>", lambda found: texts[found[1]].replace("\x7f", "\\u007f"), template)
+
+
+_BROKER_EXTRAS = """\
+# namespace = "edge"       # first level of all topics; runs that share a broker need one each
+# username = "device-1"    # with password_file; the password itself never stands in this file
+# password_file = "password.txt"
+# insecure = false         # true allows mqtt:// off this machine: all travels readable, the password too
+
+# [broker.tls]             # for mqtts://; without ca the authorities that the system trusts
+# ca = "ca.pem"
+# cert = "client.pem"      # cert and key: where the broker asks for a certificate of its clients
+# key = "client.key"
+"""
+
+_AGENT = (
+    """\
+# agent.toml: who this device is, and where things lie on it. What changes the mathematics stands in the
+# server's run.toml. Paths are relative to this file. `edge-agent run --config agent.toml` reads it.
+
+[agent]
+# letters, digits, _ and -; unique in the run
+id = <ID>
+# device_class = "jetson-orin-nano-8gb"  # one of `edge-agent device-classes`; only a name for people
+# emulated = false         # true: this machine only plays that class, by the limits below
+# state_dir = "state"      # what must outlive a crash: choices, updates on their way, adapters
+# idle_unload_s = 300      # the trainer ends after so long without work; lower gives memory back sooner,
+#                          # but the next round loads the base model again (seconds to a minute)
+
+[broker]
+# what `edge-aggregator run` prints; mqtts:// off this machine
+url = <URL>
+"""
+    + _BROKER_EXTRAS
+    + """
+[base]
+# folder with config.json, the weights as safetensors, and the tokenizer; or a hub id
+path = <BASE>
+
+[data]
+# .jsonl or .csv; read on this device alone, and checked at every start
+path = <DATA>
+# text = "text"            # the column with the text
+# label = "label"          # the column with the label, one of run.labels
+
+[trainer]
+# device = "auto"          # auto, cpu, cuda, cuda:1; auto takes CUDA where it works
+# threads = 0              # 0: as many as torch likes; fewer leave the machine usable, and train slower
+
+[limits]
+# memory_mb = 2000         # what the trainer process may hold in all (10^6 bytes), enforced. Less memory:
+#                          # fewer layers tuned, or more of their activations quantized (some more time)
+# uplink_kbps = 1000       # kilobit per second that the agent may send; a slow link makes rounds longer,
+#                          # or the device choose a smaller update
+"""
+)
+
+_RUN = (
+    """\
+# run.toml: everything that changes the mathematics of a run, and where the server lives. What belongs to a
+# device stands in its agent.toml. Paths are relative to this file. `edge-aggregator run --config run.toml`.
+
+[run]
+# letters, digits, _ and -
+name = <NAME>
+# every label of the data, in the order of the head's outputs
+labels = <LABELS>
+# method = "fedquad"       # fedquad: each device gets what fits it; fedavg: all layers on every device, in
+#                          # fp32: the most memory and traffic; or your own, "package.module:name"
+# task = "classification"
+# template = "{text}"      # how a row becomes the model's input
+# seed = 0                 # the same seed, config and devices give the same adapter
+# state_dir = "state"      # versions, updates and rounds; a restarted server goes on from here
+
+[base]
+# folder or hub id; every device needs the same weights
+path = <BASE>
+
+[broker]
+# url = "embedded"         # the server's own broker, on this machine only; or mqtts://host:8883
+"""
+    + _BROKER_EXTRAS.replace('"device-1"  ', '"aggregator"')
+    + """
+[lora]
+# rank = 8                 # updates, and the memory and time to make them, grow with it
+# alpha = 16.0             # LoRA's product is scaled by alpha / rank
+# targets = ["all-linear"] # or modules by name, "attention.self.query" say: fewer are smaller and learn less
+
+[training]
+# steps = 25               # per device and round: more steps, fewer rounds, but devices drift apart
+# batch = 16               # rows a step; activation memory grows in step with it
+# max_length = 128         # tokens a row, the rest is cut; memory and time grow with it, attention faster
+# optimizer = "adamw"      # adamw keeps two more values per trained one; sgd none, and needs other rates
+# learning_rate = 2e-3     # for LoRA
+# head_learning_rate = 1e-2  # for the task head, which starts from nothing: about five times LoRA's
+# weight_decay = 0.0
+# clip_norm = 1.0          # longest gradient
+# warmup_steps = 0         # steps of a round over which the rate rises
+
+[rounds]
+# total = 10
+# min_devices = 1          # a round waits until so many are there and ready
+# deadline_s = 600         # by default from the devices' own predictions; shorter drops slow devices
+# linger_s = 30            # after the last round, how long to wait for devices to fetch the result
+
+[evaluation]               # take this section out to run without
+# every = 1                # rounds between evaluations, which the server computes itself
+
+[evaluation.data]
+# held-out rows, .jsonl or .csv
+path = <DATA>
+# text = "text"
+# label = "label"
+
+[transfer]
+# chunk_kib = 256          # 1 to 256; smaller loses less on a bad link, and costs more acknowledgements
+# window = 4               # chunks on their way at once; at most so many are sent again after a cut
+# max_update_mb = 256      # a larger update is refused
+
+[trainer]                  # where the server evaluates
+# device = "auto"
+# threads = 0
+"""
+)
