@@ -11,7 +11,15 @@ from edge_sdk.config.problems import Problem
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.base import Name, Record, Text
 
-__all__ = ["BrokerAddress", "BrokerConfig", "TlsConfig", "check_broker", "parse_broker_url"]
+__all__ = [
+    "BrokerAddress",
+    "BrokerConfig",
+    "TlsConfig",
+    "check_broker",
+    "embedded_port",
+    "is_embedded",
+    "parse_broker_url",
+]
 
 _PORTS = {"mqtt": 1883, "mqtts": 8883}
 _FORMS = "mqtt://host:port or mqtts://host:port"
@@ -28,7 +36,8 @@ class TlsConfig(Record, frozen=True, kw_only=True):
 
 class BrokerConfig(Record, frozen=True, kw_only=True):
     url: Text = "embedded"
-    """``embedded`` (aggregator only: its own broker, on loopback), ``mqtt://host:port``, ``mqtts://host:port``."""
+    """``embedded`` or ``embedded:port`` (aggregator only: its own broker, on loopback), ``mqtt://host:port``,
+    ``mqtts://host:port``."""
     namespace: Name = "edge"
     username: Text | None = None
     password_file: FilePath | None = None
@@ -84,10 +93,32 @@ def parse_broker_url(url: str) -> BrokerAddress:
     return BrokerAddress(host, port or _PORTS[parts.scheme], parts.scheme == "mqtts")
 
 
+def is_embedded(url: str) -> bool:
+    """Whether the aggregator is to start a broker of its own."""
+    return url == "embedded" or url.startswith("embedded:")
+
+
+def embedded_port(url: str) -> int | None:
+    """The port in ``embedded:port``; None: any. Raises ConfigError for what is no port."""
+    _, _, text = url.partition(":")
+    if not text:
+        return None
+    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= 65535):
+        raise ConfigError(
+            f'broker.url: received "{url}"; allowed: embedded, or embedded:PORT from 1 to 65535'
+        )
+    return int(text)
+
+
 def check_broker(broker: BrokerConfig) -> list[Problem]:
     """What is wrong with a broker section as a whole; empty where it may be used. Files are not looked at."""
     problems = []
-    if broker.url == "embedded":
+    if is_embedded(broker.url):
+        try:
+            embedded_port(broker.url)
+        except ConfigError as error:
+            key, _, text = error.message.partition(": ")
+            problems.append(Problem(key, text, error.hint))
         meaningless = [name for name in ("username", "password_file") if getattr(broker, name) is not None]
         if broker.tls != TlsConfig():
             meaningless.append("tls")

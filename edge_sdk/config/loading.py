@@ -12,7 +12,7 @@ from typing import TypeVar
 import msgspec
 
 from edge_sdk.config.agent import AgentConfig, AgentSection, DataSection
-from edge_sdk.config.broker import BrokerConfig, check_broker
+from edge_sdk.config.broker import BrokerConfig, check_broker, is_embedded
 from edge_sdk.config.checking import Rules, Schema, check, read_toml
 from edge_sdk.config.problems import Problem, shown
 from edge_sdk.config.run import EvaluationSection, LoraSection, RunConfig, RunSection
@@ -63,9 +63,9 @@ def _check_agent(agent: AgentSection) -> list[Problem]:
 
 
 def _check_agent_broker(broker: BrokerConfig) -> list[Problem]:
-    if broker.url != "embedded":
+    if not is_embedded(broker.url):
         return check_broker(broker)
-    what = 'is missing or "embedded", which only the server has'
+    what = f'is missing or "{broker.url}", which only the server has'
     return [Problem("broker.url", what, "set the url that `edge-aggregator run` prints")]
 
 

@@ -43,8 +43,11 @@ def find_base(path_or_hub_id: str) -> Path:
     Raises:
         BaseModelError: there is no such folder, it holds no model, or the hub id is not in the cache.
     """
-    path = Path(path_or_hub_id).expanduser()
-    if path.exists():
+    try:
+        path = Path(path_or_hub_id).expanduser()
+    except RuntimeError as error:
+        raise BaseModelError(f'base model "{path_or_hub_id}": {error}') from None
+    if path_or_hub_id and path.exists():
         if not (path / "config.json").is_file():
             what = "holds no config.json" if path.is_dir() else "is a file"
             raise BaseModelError(

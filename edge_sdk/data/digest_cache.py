@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import tempfile
 from pathlib import Path
 
 import msgspec
@@ -38,17 +36,11 @@ class DigestCache:
         entries.pop(key, None)
         entries[key] = digest
         kept = dict(list(entries.items())[-_MOST:])
+        new = self._file.with_name(f".{self._file.name}.{os.getpid()}")
         try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, name = tempfile.mkstemp(dir=self._file.parent, prefix=".base-digests-")
-            try:
-                with os.fdopen(descriptor, "wb") as file:
-                    file.write(msgspec.json.encode(kept))
-                Path(name).replace(self._file)
-            except OSError:
-                with contextlib.suppress(OSError):
-                    Path(name).unlink()
-                raise
+            new.parent.mkdir(parents=True, exist_ok=True)
+            new.write_bytes(msgspec.json.encode(kept))
+            new.replace(self._file)
         except OSError as error:
             _log.warning("the digest of the base cannot be kept in %s: %s", self._file, error.strerror)
 

@@ -20,7 +20,8 @@ from edge_sdk.errors import DataError
 
 __all__ = ["FORMATS", "DataReport", "Row", "RowSource", "check_rows", "read_rows"]
 
-FORMATS = (".jsonl", ".ndjson", ".csv", ".tsv")
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+FORMATS = (".jsonl", ".ndjson", *_DELIMITERS)
 _MAX_LINE_BYTES = 4 << 20
 _Fields = dict[str, Any]
 
@@ -72,11 +73,8 @@ def read_rows(source: RowSource, labels: Sequence[str] | None = None) -> Iterato
     try:
         with path.open("rb") as file:
             lines = _lines(path, file)
-            found = (
-                _csv(path, lines, "\t" if suffix == ".tsv" else ",")
-                if "sv" in suffix
-                else _jsonl(path, lines)
-            )
+            delimiter = _DELIMITERS.get(suffix)
+            found = _csv(path, lines, delimiter) if delimiter else _jsonl(path, lines)
             number = 0
             for number, fields in found:
                 text = _text(path, number, fields, source.text)

@@ -246,7 +246,9 @@ def test_a_hub_id_in_the_cache(cache, monkeypatch, tmp_path):
     assert "hf download org/name" in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["/no/such/folder", "~/none/there", "../x", "a/b/c", "org/..", ""])
+@pytest.mark.parametrize(
+    "name", ["/no/such/folder", "~/none/there", "~no-such-user/x", "../x", "a/b/c", "org/..", ""]
+)
 def test_bases_that_are_nowhere(cache, name):
     with pytest.raises(BaseModelError):
         find_base(name)

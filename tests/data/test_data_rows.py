@@ -62,7 +62,7 @@ GOOD = '{"text": "a", "label": "mail"}\n'
         ('{"text": 3, "label": "mail"}', 'row 1: "text" is a number, received 3'),
         ('{"text": "a", "label": true}', 'row 1: "label" is a truth value, received true'),
         ('{"text": "a", "label": 1.5}', 'row 1: "label" is a number, received 1.5'),
-        ('{"text": "a", "label": "Mail"}', 'outside the run\'s set (did you mean "mail"? labels: mail, network)'),
+        ('{"text": "a", "label": "Mail"}', '(did you mean "mail"? labels: mail, network)'),
         ('{"text": "a", "label": 7}', 'the label "7" is outside'),
         (GOOD.encode() + b'{"text": "\xff", "label": "mail"}', "row 2: is not UTF-8 text: 0xff at byte 11"),
         ("[" * 100_000, "row 1: is not JSON"),
