@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from edge_sdk.config.kinds import FilePath
-from edge_sdk.config.problems import Problem
+from edge_sdk.config.problems import Problem, shown
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.base import Name, Record, Text
 
@@ -74,40 +74,22 @@ def parse_broker_url(url: str) -> BrokerAddress:
 
     Raises ConfigError for anything else, also for a user or a password in the URL.
     """
-    try:
-        parts = urlsplit(url)
-        host, port = parts.hostname, parts.port
-    except ValueError as error:
-        raise ConfigError(
-            f'broker.url: received "{url}", which is no URL: {error}', f"use {_FORMS}"
-        ) from None
-    if "@" in parts.netloc:
-        # The URL is shown by `status` and in logs; a password must not be.
+    if "@" in url:
+        # The URL is shown by `status`, in logs and in the errors below; a password must not be.
         raise ConfigError(
             "broker.url: holds a user name or a password", "use broker.username and broker.password_file"
         )
-    if parts.scheme not in _PORTS or not host or parts.path not in ("", "/") or parts.query or parts.fragment:
-        raise ConfigError(f'broker.url: received "{url}"; allowed: {_FORMS}')
-    if port == 0:
-        raise ConfigError(f'broker.url: received "{url}"; allowed: a port from 1 to 65535')
+    wrong = ConfigError(f"broker.url: received {shown(url)}; allowed: {_FORMS}")
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        raise wrong from None
+    if parts.scheme not in _PORTS or not host or port == 0 or not url.isprintable() or " " in url:
+        raise wrong
+    if parts.path not in ("", "/") or parts.query or parts.fragment:
+        raise wrong
     return BrokerAddress(host, port or _PORTS[parts.scheme], parts.scheme == "mqtts")
-
-
-def is_embedded(url: str) -> bool:
-    """Whether the aggregator is to start a broker of its own."""
-    return url == "embedded" or url.startswith("embedded:")
-
-
-def embedded_port(url: str) -> int | None:
-    """The port in ``embedded:port``; None: any. Raises ConfigError for what is no port."""
-    _, _, text = url.partition(":")
-    if not text:
-        return None
-    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= 65535):
-        raise ConfigError(
-            f'broker.url: received "{url}"; allowed: embedded, or embedded:PORT from 1 to 65535'
-        )
-    return int(text)
 
 
 def check_broker(broker: BrokerConfig) -> list[Problem]:
