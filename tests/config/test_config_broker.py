@@ -26,7 +26,7 @@ def test_urls(url, host, port, tls, loopback):
 @pytest.mark.parametrize(
     "url",
     ["", "localhost", "http://x", "mqtt://", "mqtt://x:0", "mqtt://x:99999", "mqtt://x:y", "mqtt://x/topic",
-     "mqtt://x?a=b", "mqtt://[::1", "tcp://x:1883"],
+     "mqtt://x?a=b", "mqtt://[::1", "tcp://x:1883", "mqtt://a b", "mqtt://a\n"],
 )  # fmt: skip
 def test_urls_that_are_none(url):
     with pytest.raises(ConfigError, match=r"broker\.url"):
@@ -34,9 +34,10 @@ def test_urls_that_are_none(url):
     assert [problem.key for problem in check_broker(BrokerConfig(url=url))] == ["broker.url"]
 
 
-def test_a_password_in_a_url_is_refused_and_not_repeated():
+@pytest.mark.parametrize("url", ["mqtts://me:secret@host", "mqtt://me:secret@host:port", "me:secret@host"])
+def test_a_password_in_a_url_is_refused_and_not_repeated(url):
     with pytest.raises(ConfigError) as caught:
-        parse_broker_url("mqtts://me:secret@host")
+        parse_broker_url(url)
     assert "secret" not in str(caught.value)
     assert "password_file" in str(caught.value)
 
