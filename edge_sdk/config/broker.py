@@ -92,6 +92,23 @@ def parse_broker_url(url: str) -> BrokerAddress:
     return BrokerAddress(host, port or _PORTS[parts.scheme], parts.scheme == "mqtts")
 
 
+def is_embedded(url: str) -> bool:
+    """Whether the aggregator is to start a broker of its own."""
+    return url == "embedded" or url.startswith("embedded:")
+
+
+def embedded_port(url: str) -> int | None:
+    """The port in ``embedded:port``; None: any. Raises ConfigError for what is no port."""
+    _, _, text = url.partition(":")
+    if not text:
+        return None
+    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= 65535):
+        raise ConfigError(
+            f'broker.url: received "{url}"; allowed: embedded, or embedded:PORT from 1 to 65535'
+        )
+    return int(text)
+
+
 def check_broker(broker: BrokerConfig) -> list[Problem]:
     """What is wrong with a broker section as a whole; empty where it may be used. Files are not looked at."""
     problems = []
