@@ -116,7 +116,8 @@ labels = <LABELS>
 path = <BASE>
 
 [broker]
-# url = "embedded"         # the server's own broker, on this machine only; or mqtts://host:8883
+# url = "embedded"         # the server's own broker, on this machine only ("embedded:1883" for a fixed
+#                          # port); or another one, mqtts://host:8883
 """
     + _BROKER_EXTRAS.replace('"device-1"  ', '"aggregator"')
     + """

@@ -2,7 +2,14 @@
 
 import pytest
 
-from edge_sdk.config.broker import BrokerConfig, TlsConfig, check_broker, parse_broker_url
+from edge_sdk.config.broker import (
+    BrokerConfig,
+    TlsConfig,
+    check_broker,
+    embedded_port,
+    is_embedded,
+    parse_broker_url,
+)
 from edge_sdk.errors import ConfigError
 
 
@@ -68,3 +75,12 @@ def test_what_would_be_ignored_is_refused():
         "broker.tls",
     ]
     assert keys() == []
+
+
+def test_the_embedded_broker_may_have_a_port():
+    assert (is_embedded("embedded"), embedded_port("embedded")) == (True, None)
+    assert (is_embedded("embedded:1883"), embedded_port("embedded:1883")) == (True, 1883)
+    assert not is_embedded("mqtt://embedded")
+    assert keys(url="embedded:1883") == []
+    assert keys(url="embedded:0") == keys(url="embedded:x") == ["broker.url"]
+    assert keys(url="embeddedly") == ["broker.url"]
