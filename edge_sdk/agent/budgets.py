@@ -1,0 +1,57 @@
+"""What this device may use now: memory above the resting trainer, and its link."""
+
+from __future__ import annotations
+
+from edge_sdk.agent.context import Context
+from edge_sdk.protocol.measure import Fit, Link, Memory
+
+__all__ = ["keep_rate", "link_now", "memory_now"]
+
+
+def memory_now(context: Context, fit: Fit) -> Memory:
+    """Measured anew at every call.
+
+    The budget is the owner's limit for the trainer less what the trainer holds at rest, and never more
+    than the machine has left: free memory, and what a resident trainer holds already, less its rest.
+    """
+    free = context.machine.free_memory_mb()
+    limit = context.config.limits.memory_mb
+    budgets = []
+    if limit is not None:
+        budgets.append(limit - fit.rest_mb)
+    if free is not None:
+        budgets.append(free + _held_mb(context, fit) - fit.rest_mb)
+    return Memory(
+        budget_mb=max(0.0, min(budgets, default=0.0)), rest_mb=fit.rest_mb, free_mb=free, limit_mb=limit
+    )
+
+
+def _held_mb(context: Context, fit: Fit) -> float:
+    """What the trainer already holds, and free memory therefore lacks."""
+    trainer = context.desk.trainer
+    if not trainer.loaded:
+        return 0.0
+    pid = getattr(trainer, "pid", None)
+    held = None if pid is None else context.machine.process_rss_mb(pid)
+    return fit.rest_mb if held is None else held
+
+
+def link_now(context: Context) -> Link:
+    """The owner's limit where there is one, else what earlier transfers showed."""
+    limit = context.config.limits.uplink_kbps
+    up, down = context.record.get("link.up_bps"), context.record.get("link.down_bps")
+    up_bps = limit * 1000 if limit is not None else None if up is None else float(up)
+    down_bps = None if down is None else float(down)
+    if limit is not None:
+        return Link(up_bps=up_bps, down_bps=down_bps, source="configured")
+    known = up_bps is not None or down_bps is not None
+    return Link(up_bps=up_bps, down_bps=down_bps, source="measured" if known else "unknown")
+
+
+def keep_rate(context: Context, way: str, bits_per_second: float) -> None:
+    """Keeps a measured rate, smoothed over transfers."""
+    key = f"link.{way}_bps"
+    before = context.record.get(key)
+    if before is not None:
+        bits_per_second = 0.5 * float(before) + 0.5 * bits_per_second
+    context.record.put(key, str(round(bits_per_second)))

@@ -1,0 +1,422 @@
+"""The agent's state machine: one inbox, one thread, three axes.
+
+``handle`` takes one event, ``tick`` does what time alone brings about. Given the same events and clock both
+do the same, so that a simulation drives an agent without threads. What a state does at an occasion is told
+by the tables in ``states``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import sqlite3
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from edge_sdk.agent.context import Context
+from edge_sdk.agent.downloads import Downloads
+from edge_sdk.agent.export import ask_export
+from edge_sdk.agent.joining import Joining
+from edge_sdk.agent.reporting import live_state, status_record
+from edge_sdk.agent.rounds import Rounds
+from edge_sdk.agent.states import PERMISSION, Occasion
+from edge_sdk.agent.uploads import Uploads
+from edge_sdk.errors import BrokerError, EdgeError, FingerprintError, ProtocolError, StateError
+from edge_sdk.protocol.base import PROTOCOL
+from edge_sdk.protocol.frames import decode_chunk, is_chunk
+from edge_sdk.protocol.trainer import TrainerReply
+from edge_sdk.protocol.wire import (
+    AggregatorState,
+    DeclineReason,
+    Have,
+    Offer,
+    Presence,
+    Receipt,
+    Refusal,
+    Run,
+    decode,
+    encode,
+)
+from edge_sdk.transport.base import Connection, Inbound, Will
+
+__all__ = ["AgentEvent", "Core", "ExportRequest", "GateChanged", "Pause", "Resume", "Stop"]
+
+_LONGEST_S = 60.0
+
+
+@dataclass(frozen=True)
+class Pause:
+    """Start no new work and interrupt training; uploads go on."""
+
+
+@dataclass(frozen=True)
+class Resume:
+    """May work again; an interrupted round is trained again."""
+
+
+@dataclass(frozen=True)
+class Stop:
+    """End the agent; everything unfinished stays on disk."""
+
+
+@dataclass(frozen=True)
+class GateChanged:
+    """A gate failed, for this reason; or, None, all pass again."""
+
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """Write the newest version held as a PEFT folder, and put its path into ``result``."""
+
+    result: Future[Path]
+
+
+AgentEvent = Inbound | Connection | TrainerReply | Pause | Resume | Stop | GateChanged | ExportRequest
+_DECLINES: dict[str, tuple[DeclineReason, str]] = {
+    "paused": ("paused", "the device is paused"),
+    "gated": ("gate", "a gate of the device does not pass"),
+}
+
+
+class Core:
+    """See the module. ``start`` connects; then feed ``handle`` and ``tick``, or let ``run`` do it.
+
+    Args:
+        give_up_s: end with BrokerError after so long without a broker; None: try for ever.
+    """
+
+    def __init__(self, context: Context, *, give_up_s: float | None = None) -> None:
+        self.context = context
+        self.inbox: queue.SimpleQueue[AgentEvent] = queue.SimpleQueue()
+        self.joining = Joining(context, self.fail)
+        self.downloads = Downloads(context)
+        self.uploads = Uploads(context)
+        self.rounds = Rounds(context, self.joining, self.downloads, self.uploads)
+        self.aggregator: AggregatorState | None = None
+        self.error: EdgeError | None = None
+        self.done = False
+        self._give_up_s = give_up_s
+        self._down_since: float | None = context.clock.monotonic()
+        self._run_seen = False
+        self._gate: str | None = None
+        self._finished_told = False
+        self._exports: deque[Future[Path]] = deque()
+        self._live = b""
+
+    # -- life -----------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Connects. Raises what the transport raises for a broker that must not be used."""
+        context, topics = self.context, self.context.topics
+        for topic in (topics.run, topics.aggregator, topics.reply(context.device)):
+            context.transport.subscribe(topic)
+        context.desk.trainer.start(self.inbox.put)
+        context.transport.start(self.inbox.put, Will(topics.presence(context.device), self._presence(False)))
+        context.emit("agent.started", device=context.device, session=context.session,
+                     broker=context.transport.description)  # fmt: skip
+
+    def run(self) -> None:
+        """Handles events until the agent is stopped or fails."""
+        clock = self.context.clock
+        while not self.done:
+            due = self.tick(clock.monotonic())
+            wait = _LONGEST_S if due is None else min(_LONGEST_S, max(0.0, due - clock.monotonic()))
+            with contextlib.suppress(queue.Empty):
+                if not self.done:
+                    self.handle(self.inbox.get(timeout=wait))
+
+    def pump(self) -> None:
+        """Handles what is in the inbox, and what that brings about, without waiting."""
+        while not self.done:
+            try:
+                event = self.inbox.get_nowait()
+            except queue.Empty:
+                return
+            self.handle(event)
+
+    def close(self) -> None:
+        """Says goodbye and lets go of everything. May be called twice, from any thread once ``run`` ended."""
+        self.done = True
+        context = self.context
+        with contextlib.suppress(EdgeError):
+            context.transport.publish(
+                context.topics.presence(context.device), self._presence(False), retain=True
+            )
+        context.transport.stop()
+        context.desk.trainer.close()
+        self.downloads.close()
+        for waiting in self._exports:
+            waiting.cancel()
+        self._keep_live()
+        context.record.close()
+
+    def fail(self, error: EdgeError) -> None:
+        """Ends the agent: trying again cannot help."""
+        if self.error is None:
+            self.error = error
+            self.context.emit(
+                "agent.failed", error=type(error).__name__, message=error.message, hint=error.hint
+            )
+        self._occasion("stop")
+
+    # -- events ---------------------------------------------------------------------------------------
+
+    def handle(self, event: AgentEvent) -> None:
+        """Takes one event. Never raises for what came from outside."""
+        try:
+            self._dispatch(event)
+            self._settle(self.context.clock.monotonic())
+        except ProtocolError as error:
+            self.context.emit("problem", message=error.message, hint=error.hint)
+        except EdgeError as error:
+            self.fail(error)
+        except (OSError, sqlite3.Error) as error:
+            self.fail(_disk_error(self.context.folder, error))
+        self._keep_live()
+
+    def tick(self, now: float) -> float | None:
+        """Does what is due. Returns the monotonic time at which to call again; None: at the next event."""
+        if self.done:
+            return None
+        try:
+            times = [self._settle(now), self.context.desk.tick(now), self._patience(now)]
+        except EdgeError as error:
+            self.fail(error)
+            times = []
+        except (OSError, sqlite3.Error) as error:
+            self.fail(_disk_error(self.context.folder, error))
+            times = []
+        self._keep_live()
+        return min((time for time in times if time is not None), default=None)
+
+    def _dispatch(self, event: AgentEvent) -> None:
+        match event:
+            case Inbound():
+                self._on_message(event)
+            case Connection():
+                self._on_connection(event)
+            case Pause():
+                self._occasion("pause")
+            case Resume():
+                self._occasion("resume")
+                if self._gate is not None:
+                    self._occasion("gate-failed")
+            case Stop():
+                self._occasion("stop")
+            case GateChanged():
+                self._gate = event.reason
+                self._occasion("gate-passed" if event.reason is None else "gate-failed")
+            case ExportRequest():
+                self._exports.append(event.result)
+            case _:
+                self.context.desk.on_reply(event)
+
+    def _occasion(self, occasion: Occasion) -> None:
+        """All axes react, each by its table."""
+        context, before = self.context, self.context.permission
+        reaction = PERMISSION[before].on[occasion]
+        if reaction.action == "enter":
+            for state in PERMISSION:
+                if state == reaction.to:
+                    context.permission = state
+            context.emit("agent.permission", permission=context.permission, reason=self._gate or "")
+        self.rounds.react(occasion)
+        self.uploads.react(occasion, context.clock.monotonic())
+        if context.permission == "stopped":
+            self.done = True
+        elif context.permission != before:
+            if context.permission != "running" and context.desk.task in ("describe", "probe"):
+                context.desk.interrupt()
+            self._report()
+
+    def _on_connection(self, event: Connection) -> None:
+        context = self.context
+        if event.up:
+            self._down_since = None
+            context.emit("connection.up", broker=context.transport.description)
+            context.publish(context.topics.presence(context.device), self._presence(True), retain=True)
+            return
+        if event.final and isinstance(event.error, EdgeError):
+            self.fail(event.error)
+            return
+        if self._down_since is None:
+            self._down_since = context.clock.monotonic()
+        context.emit("connection.down", broker=context.transport.description, error=str(event.error or ""))
+        self._run_seen, self.aggregator = False, None
+
+    def _on_message(self, event: Inbound) -> None:
+        context, now = self.context, self.context.clock.monotonic()
+        with context.record.counting():
+            context.record.count(context.nonce, bytes_down=len(event.payload))
+        if is_chunk(event.payload):
+            self.downloads.on_chunk(decode_chunk(event.payload), now)
+            return
+        record = decode(event.payload)
+        match record:
+            case Run():
+                self.joining.on_run(record)
+                self._run_seen = True
+            case AggregatorState():
+                self._on_aggregator(record)
+            case Offer():
+                self._on_offer(record)
+            case Have(device=context.device):
+                self.uploads.on_have(record, now)
+            case Receipt(device=context.device):
+                self.uploads.on_receipt(record)
+            case Refusal(device=context.device):
+                self._on_refusal(record, now)
+            case _:
+                raise ProtocolError(f"a {type(record).__name__} record has no place on topic {event.topic}")
+
+    def _on_aggregator(self, state: AggregatorState) -> None:
+        if state.protocol != PROTOCOL:
+            raise ProtocolError(f"the aggregator speaks protocol {state.protocol}, this agent {PROTOCOL}")
+        before, self.aggregator = self.aggregator, state
+        if before is not None and before.epoch != state.epoch and self.context.reachable:
+            # It started anew, and we never saw it leave.
+            self.context.reachable = False
+            self._occasion("disconnect")
+        self.context.emit("aggregator.state", ready=state.ready, round=state.round, rounds=state.rounds,
+                          version=None if state.version is None else state.version.number,
+                          finished=state.finished)  # fmt: skip
+
+    def _on_offer(self, offer: Offer) -> None:
+        context, run = self.context, self.joining.run
+        if run is None or offer.run != run.run or not self.joining.ready:
+            context.emit("offer.ignored", round=offer.round, run=offer.run)
+            return
+        occasion = self.rounds.on_offer(offer)
+        if occasion is None:
+            return
+        if PERMISSION[context.permission].on[occasion].action == "refuse":
+            self.rounds.refuse(offer, *_DECLINES[context.permission])
+        elif PERMISSION[context.permission].on[occasion].action == "pass":
+            self.rounds.react(occasion, offer=offer)
+
+    def _on_refusal(self, refusal: Refusal, now: float) -> None:
+        if refusal.object is not None:
+            if self.uploads.on_refusal(refusal, now):
+                self.rounds.retrain()
+            return
+        if refusal.reason == "fingerprint":
+            self.fail(FingerprintError(f"{refusal.message}: {', '.join(refusal.parts)}", refusal.hint))
+        elif refusal.reason in ("protocol", "identity"):
+            self.fail(ProtocolError(refusal.message, refusal.hint))
+        else:
+            self.context.emit("problem", message=refusal.message, hint=refusal.hint)
+
+    # -- what follows ---------------------------------------------------------------------------------
+
+    def _settle(self, now: float) -> float | None:
+        """Takes every step whose conditions hold. Returns when to look again."""
+        if self.done:
+            return None
+        before = self.context.nonce
+        self.joining.advance(may_start=self.context.permission == "running")
+        if self.context.nonce != before:
+            self._new_run()
+        self._reach()
+        times = [self.rounds.advance(now), self.downloads.tick(now), self.uploads.pump(now)]
+        self._follow_end()
+        if self._exports and not self.context.desk.busy:
+            ask_export(self.context, self.joining, self._exports.popleft())
+        return min((time for time in times if time is not None), default=None)
+
+    def _new_run(self) -> None:
+        """The record is about another run now."""
+        self.rounds.clear()
+        self.uploads.reload()
+        self.downloads.keep_only(())
+        self.context.store.sweep(self.context.record.objects())
+        self._finished_told = False
+
+    def _reach(self) -> None:
+        """Whether what is said now is heard; on the way up everything is said that may have been missed."""
+        context = self.context
+        reachable = (
+            self._down_since is None
+            and self._run_seen
+            and self.joining.ready
+            and self.aggregator is not None
+            and self.aggregator.ready
+        )
+        if reachable == context.reachable:
+            return
+        context.reachable = reachable
+        if reachable:
+            self._report()
+            self.downloads.connected(context.clock.monotonic())
+        self._occasion("connect" if reachable else "disconnect")
+
+    def _report(self) -> None:
+        status = status_record(self.context, self.joining, self.rounds.position, self._gate)
+        if status is not None and self.context.say(status):
+            self.context.emit("agent.reported", permission=status.permission, holds=list(status.holds))
+
+    def _follow_end(self) -> None:
+        """The run is finished: fetch the final version, tell that it is held, tell the owner."""
+        state, run = self.aggregator, self.joining.run
+        if state is None or run is None or not state.finished or state.run != run.run or self._finished_told:
+            return
+        if not self.joining.ready or self.context.nonce != run.nonce:
+            return
+        self.rounds.end_run()
+        final = state.version
+        if final is not None:
+            held = self.context.store.has(final.object)
+            if not held and not state.ready:
+                return
+            if not self.downloads.want([final], *self._transfer_terms()):
+                return
+        self._finished_told = True
+        self._report()
+        self.context.emit("run.finished", run=run.run, version=None if final is None else final.number)
+
+    def _transfer_terms(self) -> tuple[int, int]:
+        """Chunk size and window, as the last offer had them."""
+        rows = self.context.record.rounds()
+        return (rows[-1].offer.chunk_bytes, rows[-1].offer.window) if rows else (256 * 1024, 4)
+
+    def _patience(self, now: float) -> float | None:
+        if self._give_up_s is None or self._down_since is None:
+            return None
+        until = self._down_since + self._give_up_s
+        if now >= until:
+            self.fail(
+                BrokerError(
+                    f"no connection to {self.context.transport.description} for {self._give_up_s:g} s",
+                    "check broker.url, and that the broker runs",
+                )
+            )
+        return until
+
+    def _presence(self, online: bool) -> bytes:
+        from edge_sdk import __version__
+
+        context = self.context
+        return encode(
+            Presence(device=context.device, online=online, session=context.session, sdk=__version__)
+        )
+
+    def _keep_live(self) -> None:
+        """What ``edge-agent status`` shows of a running agent, whenever it changed."""
+        live = msgspec.json.encode(
+            live_state(self.context, self.joining, self.rounds, self.aggregator, self.error)
+        )
+        if live != self._live:
+            self._live = live
+            with self.context.record.counting():
+                self.context.record.put("live", live.decode())
+
+
+def _disk_error(folder: Path, error: OSError | sqlite3.Error) -> StateError:
+    return StateError(
+        f"the state folder {folder} cannot be used: {error}", "free disk space, or check the disk"
+    )

@@ -1,0 +1,262 @@
+"""Joining a run: the base's fingerprint, what the trainer finds, the probe. Then the agent may report."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+import msgspec
+
+from edge_sdk.agent.context import Context
+from edge_sdk.agent.record import Knowledge
+from edge_sdk.errors import (
+    BaseModelError,
+    ContainerError,
+    DataError,
+    EdgeError,
+    FingerprintError,
+    MechanismError,
+    MissingExtraError,
+    ProtocolError,
+    TrainerError,
+)
+from edge_sdk.protocol.base import PROTOCOL
+from edge_sdk.protocol.measure import Fit
+from edge_sdk.protocol.model import Fingerprint
+from edge_sdk.protocol.spec import TrainSpec
+from edge_sdk.protocol.trainer import (
+    DataSource,
+    Describe,
+    Described,
+    Died,
+    Failed,
+    Probe,
+    Probed,
+    Progress,
+    Setup,
+    TrainerReply,
+)
+from edge_sdk.protocol.wire import Run
+
+__all__ = ["Joining", "error_of", "setup_for"]
+
+_ATTEMPTS = 3
+_ERRORS: dict[str, type[EdgeError]] = {
+    "data": DataError,
+    "base": BaseModelError,
+    "mechanism": MechanismError,
+    "extra": MissingExtraError,
+    "container": ContainerError,
+}
+
+
+class Joining:
+    """Brings a run from its record to ``ready``, one step at a time; what was found once stays known.
+
+    Raises from ``advance`` and from the trainer's replies: the error is one of this machine's, and trying
+    again cannot help.
+    """
+
+    def __init__(self, context: Context, fail: Callable[[EdgeError], None]) -> None:
+        self._context = context
+        self._fail = fail
+        self._found: Path | None = None
+        self._attempts = 0
+        self.run: Run | None = context.record.run
+        self._stored = True
+        self.fingerprint: Fingerprint | None = None
+        self.described: Described | None = None
+        self.fit: Fit | None = None
+        self._key = ""
+
+    @property
+    def ready(self) -> bool:
+        return self.run is not None and self.fit is not None
+
+    def on_run(self, run: Run) -> None:
+        """The retained run record arrived, perhaps again, perhaps another one."""
+        if run == self.run:
+            return
+        if run.protocol != PROTOCOL:
+            raise ProtocolError(
+                f"the aggregator speaks protocol {run.protocol}, this agent {PROTOCOL}",
+                "install the version of edge-sdk that the aggregator runs",
+            )
+        if self._context.desk.task in ("describe", "probe"):
+            self._context.desk.abandon()
+        self._stored = False
+        self.run, self.fingerprint, self.described, self.fit = run, None, None, None
+        self._attempts = 0
+
+    def advance(self, may_start: bool) -> None:
+        """Does the next step. ``may_start``: the trainer may be given work."""
+        run, desk = self.run, self._context.desk
+        if run is None or self.ready:
+            return
+        if self.fingerprint is None:
+            base = self._find_base()
+            if base is None:
+                # A hub id that is not on this disk: the trainer fetches it.
+                if may_start and not desk.busy:
+                    self._ask_describe(run)
+                return
+            if not self._check(run, base):
+                return
+            self._remember(run)
+        if self.fit is None and may_start and not desk.busy:
+            if self.described is None:
+                self._ask_describe(run)
+            else:
+                desk.ask("probe", lambda id: Probe(id=id, setup=self._setup(run)), self._on_reply)
+
+    def _find_base(self) -> Path | None:
+        if self._found is not None:
+            return self._found
+        path = self._context.config.base.path
+        try:
+            return self._context.base_files.find_base(path)
+        except BaseModelError:
+            if Path(path).is_absolute() or self.described is not None:
+                raise
+            return None
+
+    def _check(self, run: Run, base: Path) -> bool:
+        """Compares fingerprints, and only then makes this run the one that the record is about.
+
+        False: the record's own run, from before a restart, is of another base; the broker will tell which
+        run there is now.
+        """
+        context = self._context
+        mine = context.base_files.fingerprint_of(
+            base,
+            labels=run.labels,
+            task=run.task,
+            max_length=run.max_length,
+            template=run.template,
+            lora=run.lora,
+            cache=context.folder,
+        )
+        differing = run.fingerprint.differing(mine)
+        if differing and self._stored:
+            self.run = None
+            return False
+        if differing:
+            raise FingerprintError(
+                f"this device differs from run {run.run!r} in: {', '.join(differing)}",
+                f"the run was made with base {run.base!r}; here base.path is {str(base)!r}",
+            )
+        self.fingerprint = mine
+        known = context.record.run
+        if known is None or known.nonce != run.nonce:
+            dropped = context.record.begin_run(run)
+            context.emit("run.joined", run=run.run, nonce=run.nonce, dropped_updates=dropped)
+        return True
+
+    def _remember(self, run: Run) -> None:
+        self._key = _knowledge_key(self._context, run, self.fingerprint)
+        known = self._context.record.knowledge(self._key)
+        if known is not None:
+            self.described, self.fit = known.described, known.fit
+
+    def _ask_describe(self, run: Run) -> None:
+        self._context.desk.ask("describe", lambda id: Describe(id=id, setup=self._setup(run)), self._on_reply)
+
+    def _setup(self, run: Run) -> Setup:
+        return setup_for(self._context, run, run.spec)
+
+    def _on_reply(self, reply: TrainerReply) -> None:
+        context = self._context
+        match reply:
+            case Progress():
+                context.emit(
+                    "trainer.progress", task="join", stage=reply.stage, done=reply.done, total=reply.total
+                )
+            case Described():
+                self.described = reply
+                self._found = Path(reply.base)
+                context.emit(
+                    "trainer.described", samples=reply.samples, rest_mb=reply.rest_mb, device=reply.device
+                )
+                self._learn()
+            case Probed():
+                self.fit = reply.fit
+                context.emit("trainer.probed", rest_mb=reply.fit.rest_mb, layer_mb=reply.fit.layer_mb,
+                             saved_mb=reply.fit.saved_mb, probes=len(reply.fit.probes))  # fmt: skip
+                self._learn()
+            case Failed(cause="interrupted"):
+                pass
+            case Failed():
+                self._fail(error_of(reply))
+            case Died():
+                self._attempts += 1
+                context.emit("trainer.died", memory=reply.memory, exit=reply.exit, message=reply.message)
+                if reply.memory or self._attempts >= _ATTEMPTS:
+                    self._fail(error_of(reply))
+
+    def _learn(self) -> None:
+        """Keeps what the trainer found, once it is known what it is true of."""
+        if self.fingerprint is not None and self.described is not None:
+            with self._context.record.transaction():
+                self._context.record.save_knowledge(
+                    self._key, Knowledge(described=self.described, fit=self.fit)
+                )
+
+
+def setup_for(context: Context, run: Run, spec: TrainSpec) -> Setup:
+    """What the trainer holds for a run on this device."""
+    config = context.config
+    return Setup(
+        base=config.base.path,
+        labels=run.labels,
+        template=run.template,
+        max_length=run.max_length,
+        micro_batch=run.micro_batch,
+        lora=run.lora,
+        spec=spec,
+        device=config.trainer.device,
+        threads=config.trainer.threads,
+        memory_mb=config.limits.memory_mb,
+        data=DataSource(path=config.data.path, text=config.data.text, label=config.data.label),
+    )
+
+
+def error_of(reply: Failed | Died) -> EdgeError:
+    """The error to show for a failed request."""
+    if isinstance(reply, Failed) and reply.cause != "memory":
+        return _ERRORS.get(reply.cause, TrainerError)(reply.message, reply.hint)
+    if isinstance(reply, Failed) or reply.memory:
+        return TrainerError(
+            f"the base model does not fit in this device's memory: {reply.message}",
+            "raise limits.memory_mb, close other programs, or take a smaller base",
+        )
+    return TrainerError(
+        f"the trainer ended {_ATTEMPTS} times: {reply.message}", "see trainer.log in the state folder"
+    )
+
+
+def _knowledge_key(context: Context, run: Run, fingerprint: Fingerprint | None) -> str:
+    """Digest of all that the trainer's findings depend on; another value makes them void."""
+    config, profile = context.config, context.machine.read_profile(disk=context.folder)
+    data = Path(config.data.path)
+    try:
+        stat = data.stat()
+    except OSError as error:
+        raise DataError(
+            f"the data file {data} cannot be read: {error.strerror}", "check data.path"
+        ) from error
+    facts = [
+        fingerprint, run.spec, run.micro_batch, run.labels, run.template, config.data, config.trainer,
+        config.limits.memory_mb, profile.machine, profile.processor, profile.cores, profile.accelerators,
+        stat.st_size, stat.st_mtime_ns, _version("edge-sdk"), _version("torch"),
+    ]  # fmt: skip
+    return hashlib.sha256(msgspec.json.encode(facts, order="deterministic")).hexdigest()
+
+
+def _version(distribution: str) -> str:
+    """Version of an installed package, without importing it."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return ""

@@ -1,0 +1,252 @@
+"""The trainer as a process of its own: torch's memory ends with it, and its death is only an event.
+
+Host and worker speak framed JSON over a socket pair. The worker ends when the pair closes, so that an agent
+that is killed leaves no trainer behind.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import site
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+
+from edge_sdk.agent.trainer_log import TrainerLog
+from edge_sdk.errors import ProtocolError
+from edge_sdk.protocol.pipe import Unframer, frame
+from edge_sdk.protocol.trainer import Died, Interrupt, Progress, TrainerReply, TrainerRequest, decode_reply
+
+__all__ = ["ProcessTrainer"]
+
+_log = logging.getLogger(__name__)
+_WORKER = ("-m", "edge_sdk.training.worker")
+_GRACE_S = 5.0
+_READ = 1 << 16
+
+
+class ProcessTrainer:
+    """A TrainerHost whose work is done by ``python -m edge_sdk.training.worker``.
+
+    The process is started by the first request and ended by ``unload``; the next request starts another.
+
+    Args:
+        folder: where it runs, and where its ``trainer.log`` is kept (at most 2 MiB).
+        offline: forbid Hugging Face's libraries the network; needless downloads fail instead of hanging.
+        command: what to start instead of the worker, for tests; ``--fd N`` is appended.
+    """
+
+    def __init__(self, folder: Path, *, offline: bool = True, command: Sequence[str] | None = None) -> None:
+        self._folder = folder
+        self._offline = offline
+        self._command = [sys.executable, *_WORKER] if command is None else list(command)
+        self._deliver: Callable[[TrainerReply], None] | None = None
+        self._lock = threading.Lock()
+        self._child: _Child | None = None
+
+    @property
+    def loaded(self) -> bool:
+        return self._child is not None and self._child.alive
+
+    @property
+    def pid(self) -> int | None:
+        return self._child.process.pid if self._child is not None and self._child.alive else None
+
+    def start(self, deliver: Callable[[TrainerReply], None]) -> None:
+        self._deliver = deliver
+
+    def request(self, request: TrainerRequest) -> None:
+        with self._lock:
+            child = self._child
+            if child is None or not child.alive:
+                try:
+                    child = self._child = self._spawn()
+                except OSError as error:
+                    self._tell(
+                        Died(id=_id(request), memory=False, exit=127, message=f"cannot be started: {error}")
+                    )
+                    return
+            child.active = _id(request)
+        child.send(request)
+
+    def interrupt(self) -> None:
+        child = self._child
+        if child is not None and child.active is not None:
+            child.send(Interrupt())
+
+    def unload(self) -> None:
+        """Ends the process; what it was doing is not answered any more."""
+        with self._lock:
+            child, self._child = self._child, None
+        if child is not None:
+            child.end()
+
+    def close(self) -> None:
+        self._deliver = None
+        self.unload()
+
+    def _spawn(self) -> _Child:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
+                process = subprocess.Popen(
+                    [*self._command, "--fd", str(theirs.fileno())],
+                    pass_fds=(theirs.fileno(),),
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    cwd=self._folder,
+                    env=_environment(self._offline),
+                    # Its own session: Ctrl-C reaches the agent alone, which ends it in order.
+                    start_new_session=True,
+                )
+            except BaseException:
+                ours.close()
+                raise
+        return _Child(process, ours, TrainerLog(self._folder / "trainer.log"), self._tell)
+
+    def _tell(self, reply: TrainerReply) -> None:
+        deliver = self._deliver
+        if deliver is not None:
+            deliver(reply)
+
+
+class _Child:
+    """One worker process and the thread that reads what it says."""
+
+    def __init__(
+        self,
+        process: subprocess.Popen[bytes],
+        pipe: socket.socket,
+        log: TrainerLog,
+        tell: Callable[[TrainerReply], None],
+    ) -> None:
+        self.process = process
+        self.active: int | None = None
+        self.alive = True
+        self._pipe = pipe
+        self._log = log
+        self._tell = tell
+        self._wanted = True
+        self._kills_before = _oom_kills()
+        self._logger = threading.Thread(target=self._read_log, name="trainer-log", daemon=True)
+        self._reader = threading.Thread(target=self._read_replies, name="trainer-replies", daemon=True)
+        self._logger.start()
+        self._reader.start()
+
+    def send(self, request: TrainerRequest) -> None:
+        try:
+            self._pipe.sendall(frame(msgspec.json.encode(request)))
+        except OSError:
+            # It just died: the reader finds out, and tells how.
+            _log.debug("the trainer was gone before a request reached it")
+
+    def end(self) -> None:
+        """Closes the pair, on which the worker exits; kills it where it does not."""
+        self._wanted = False
+        self._shut()
+        try:
+            self.process.wait(_GRACE_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self._reader.join(_GRACE_S)
+        self._logger.join(_GRACE_S)
+
+    def _shut(self) -> None:
+        try:
+            self._pipe.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            _log.debug("the trainer's socket was closed already")
+
+    def _read_replies(self) -> None:
+        unframer = Unframer()
+        try:
+            while data := self._pipe.recv(_READ):
+                for message in unframer.feed(data):
+                    self._pass_on(decode_reply(message))
+        except OSError as error:
+            _log.debug("the trainer's socket ended: %s", error)
+        except ProtocolError as error:
+            self._log.write(f"not understood by the agent: {error}\n".encode())
+            self.process.kill()
+        self._bury()
+
+    def _pass_on(self, reply: TrainerReply) -> None:
+        if self._wanted and reply.id == self.active:
+            if not isinstance(reply, Progress):
+                self.active = None
+            self._tell(reply)
+
+    def _bury(self) -> None:
+        """The pair is closed: the process is gone, or has nothing more to say."""
+        self._shut()
+        try:
+            exit_status = self.process.wait(_GRACE_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            exit_status = self.process.wait()
+        self._logger.join(_GRACE_S)
+        self.alive = False
+        self._pipe.close()
+        active, self.active = self.active, None
+        if self._wanted and active is not None:
+            memory = exit_status == -signal.SIGKILL and _oom_kills() > self._kills_before
+            self._tell(Died(id=active, memory=memory, exit=exit_status, message=self._epitaph(exit_status)))
+
+    def _epitaph(self, status: int) -> str:
+        try:
+            how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+        except ValueError:
+            how = f"ended with status {status}"
+        last = self._log.last_line()
+        return f"the trainer was {how}"[:200] + (f": {last[:500]}" if last else "")
+
+    def _read_log(self) -> None:
+        stream = self.process.stdout
+        if stream is not None:
+            with stream, self._log:
+                while data := os.read(stream.fileno(), _READ):
+                    self._log.write(data)
+
+
+def _id(request: TrainerRequest) -> int:
+    if isinstance(request, Interrupt):
+        raise TypeError("an interrupt is sent by interrupt()")
+    return request.id
+
+
+def _environment(offline: bool) -> dict[str, str]:
+    env = dict(os.environ)
+    env["TOKENIZERS_PARALLELISM"] = "false"
+    if offline:
+        env["HF_HUB_OFFLINE"] = "1"
+    root = str(Path(__file__).resolve().parents[2])
+    if root not in [*site.getsitepackages(), site.getusersitepackages()]:
+        # Run from a source tree: the worker starts in another folder and must find the same package.
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, (root, env.get("PYTHONPATH"))))
+    return env
+
+
+def _oom_kills() -> int:
+    """How often the kernel killed a process of this memory cgroup (version 2) for want of memory."""
+    try:
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            hierarchy, _, path = line.split(":", 2)
+            if hierarchy == "0":
+                events = Path("/sys/fs/cgroup") / path.lstrip("/") / "memory.events"
+                for entry in events.read_text().splitlines():
+                    name, _, count = entry.partition(" ")
+                    if name == "oom_kill":
+                        return int(count)
+    except (OSError, ValueError):
+        return 0
+    return 0

@@ -1,0 +1,446 @@
+"""The round axis: from an offer to an update in the outbox.
+
+Nothing here waits. ``advance`` does the next step when its conditions hold, and is called after every event,
+so that a restarted agent goes on by the same path as one that never stopped.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from msgspec.structs import replace
+
+from edge_sdk.agent.budgets import link_now, memory_now
+from edge_sdk.agent.context import Context
+from edge_sdk.agent.downloads import Downloads
+from edge_sdk.agent.joining import Joining, setup_for
+from edge_sdk.agent.record import Packed, RoundRow
+from edge_sdk.agent.states import ROUND, Occasion, RoundState
+from edge_sdk.agent.uploads import Uploads
+from edge_sdk.planning.choice import Budgets, Infeasible, choose, step_down
+from edge_sdk.protocol.measure import Fit
+from edge_sdk.protocol.trainer import Died, Failed, Progress, Train, Trained, TrainerReply
+from edge_sdk.protocol.wire import Announce, Choice, Decline, DeclineReason, Offer, RoundPosition
+
+__all__ = ["Rounds"]
+
+_ATTEMPTS = 3
+"""How often one choice is trained when memory is not the cause."""
+_SIGKILL = -9
+_KILLS = 2
+"""Unexplained SIGKILLs in one round after which memory is taken for the cause."""
+_STORAGE_S = 30.0
+
+
+class Rounds:
+    """At most one round at a time. ``row`` is what the record holds of it."""
+
+    def __init__(self, context: Context, joining: Joining, downloads: Downloads, uploads: Uploads) -> None:
+        self._context = context
+        self._joining = joining
+        self._downloads = downloads
+        self._uploads = uploads
+        self._training = False
+        self._tainted = False
+        self._retry_at = 0.0
+        self._staging = context.folder / "staging"
+        self.row: RoundRow | None = None
+        self.load()
+
+    # -- what is so -----------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> RoundState:
+        return "idle" if self.row is None or self.row.state is None else self.row.state
+
+    @property
+    def deadline(self) -> float | None:
+        """On this boot's monotonic clock."""
+        return None if self.row is None else self.row.received + self.row.offer.deadline_s
+
+    @property
+    def position(self) -> RoundPosition | None:
+        """Where this device stands, for its status."""
+        if self.row is not None and self.state != "idle":
+            return RoundPosition(round=self.row.round, state=self.state)
+        items = self._uploads.items
+        return RoundPosition(round=items[-1].announce.round, state=items[-1].state) if items else None
+
+    def load(self) -> None:
+        """Takes up the round that the record says is not done.
+
+        Monotonic times of another boot mean nothing: its deadline is counted anew. The aggregator judges
+        lateness by its own clock anyhow.
+        """
+        context = self._context
+        open_rows = [
+            row for row in context.record.rounds() if row.state is not None and row.run == context.nonce
+        ]
+        self.row = open_rows[-1] if open_rows else None
+        if self.row is not None and self.row.boot != context.boot:
+            self._save(received=context.clock.monotonic(), boot=context.boot)
+
+    def clear(self) -> None:
+        """Another run began: the record holds no round any more."""
+        self._stop_training()
+        self.row = None
+        shutil.rmtree(self._staging, ignore_errors=True)
+
+    # -- what happens ---------------------------------------------------------------------------------
+
+    def on_offer(self, offer: Offer) -> Occasion | None:
+        """Which occasion an offer is; None: one for a round that is over, to be ignored."""
+        context = self._context
+        known = context.record.round(context.nonce, offer.round)
+        if known is not None and known.offer.nonce == offer.nonce:
+            if self.row is not None and known.round == self.row.round:
+                self._save(received=context.clock.monotonic(), boot=context.boot)
+            return "offer-again"
+        newest = max((row.round for row in context.record.rounds()), default=0)
+        if offer.round < newest or self._uploads.find(offer.run, offer.round) is not None:
+            context.emit("offer.ignored", round=offer.round, newest=newest)
+            return None
+        return "offer"
+
+    def react(
+        self, occasion: Occasion, offer: Offer | None = None, reply: Failed | Died | None = None
+    ) -> None:
+        """Does what the table says for this occasion in the present state."""
+        match ROUND[self.state].on[occasion].action:
+            case "take" if offer is not None:
+                self._take(offer)
+            case "replace" if offer is not None:
+                self._end("replaced")
+                self._take(offer)
+            case "repeat":
+                self._repeat(offer)
+            case "interrupt" if self._training:
+                self._context.desk.interrupt()
+            case "judge" if reply is not None:
+                self._judge(reply)
+            case "give-up":
+                self.decline("deadline", "the round's deadline passed on this device")
+
+    def refuse(self, offer: Offer, reason: DeclineReason, message: str) -> None:
+        """Declines an offer without having taken it, for good."""
+        self._end("replaced")
+        self._take(offer)
+        self.decline(reason, message)
+
+    def decline(self, reason: DeclineReason, message: str) -> None:
+        """Answers the present round with a decline and ends it."""
+        assert self.row is not None  # noqa: S101 - for the type checker: every caller has a round
+        answer = Decline(
+            device=self._context.device,
+            run=self.row.offer.run,
+            round=self.row.round,
+            reason=reason,
+            message=message,
+        )
+        row = self.row
+        self._end("declined", answer=answer)
+        self._context.emit("round.decline", round=row.round, reason=reason, message=message)
+        self._context.say(answer)
+
+    def end_run(self) -> None:
+        """The run is finished: no round of it counts any more."""
+        self._end("unfinished")
+
+    def retrain(self) -> None:
+        """The residual that the present training started from was cleared: what it makes would be wrong."""
+        if self._training:
+            self._tainted = True
+            self._context.desk.interrupt()
+        elif self.row is not None and self.row.state == "packing":
+            self._save(state="training", packed=None)
+
+    # -- the next step --------------------------------------------------------------------------------
+
+    def advance(self, now: float) -> float | None:
+        """Does what can be done now. Returns when to look again."""
+        deadline = self.deadline
+        if deadline is not None and self.state != "idle" and now >= deadline:
+            self.react("deadline")
+        if self._context.permission == "running" and self._joining.ready:
+            if self.state == "choosing":
+                self._choose(now)
+            if self.state == "fetching":
+                self._fetch()
+            if self.state == "training" and not self._training and not self._context.desk.busy:
+                self._train()
+            if self.state == "packing" and now >= self._retry_at:
+                self._pack(now)
+        if self.state == "idle":
+            return None
+        times = [time for time in (self.deadline, self._retry_at) if time is not None and time > now]
+        return min(times, default=None)
+
+    def _take(self, offer: Offer) -> None:
+        context = self._context
+        self.row = RoundRow(
+            run=context.nonce, round=offer.round, state="choosing", offer=offer,
+            received=context.clock.monotonic(), boot=context.boot,
+        )  # fmt: skip
+        self._save()
+        self._retry_at = 0.0
+        context.emit(
+            "round.offer", round=offer.round, candidates=len(offer.candidates), deadline_s=offer.deadline_s
+        )
+
+    def _choose(self, now: float) -> None:
+        joining, context, row = self._joining, self._context, self.row
+        described, fit, run = joining.described, joining.fit, joining.run
+        if described is None or fit is None or run is None or row is None:
+            return
+        offer, known = row.offer, set(described.mechanisms)
+        missing = offer.spec.needs() - known
+        candidates = [one for one in offer.candidates if one.needs() <= known]
+        if not candidates:
+            missing = missing or frozenset().union(*(one.needs() - known for one in offer.candidates))
+        if missing:
+            self.decline("mechanism", f"this device lacks {', '.join(sorted(missing))}")
+            return
+        budgets = self._budgets(row, fit, now)
+        found = choose(
+            candidates,
+            fit=fit,
+            budgets=budgets,
+            shape=run.shape,
+            lora=run.lora,
+            down_bytes=self._down_bytes(offer),
+        )
+        if isinstance(found, Infeasible):
+            self.decline(found.reason, found.message)
+            return
+        self._answer(
+            Choice(
+                device=context.device, run=offer.run, round=offer.round, candidate=found.candidate,
+                binding=found.binding, reason=found.reason,
+            ),
+            memory_budget_mb=budgets.memory_mb,
+        )  # fmt: skip
+
+    def _budgets(self, row: RoundRow, fit: Fit, now: float) -> Budgets:
+        """Measured now; the time is the plan's, or what the deadline leaves."""
+        memory, link = memory_now(self._context, fit), link_now(self._context)
+        left_s = min(row.offer.time_budget_s, row.received + row.offer.deadline_s - now)
+        return Budgets(
+            memory_mb=memory.budget_mb, deadline_s=left_s, up_bps=link.up_bps, down_bps=link.down_bps
+        )
+
+    def _down_bytes(self, offer: Offer) -> int:
+        return sum(ref.bytes for ref in offer.versions if not self._context.store.has(ref.object))
+
+    def _answer(self, choice: Choice, **facts: Any) -> None:
+        """On disk first, then said."""
+        self._save(state="fetching", answer=choice, failures=0, packed=None)
+        one = choice.candidate
+        self._context.emit(
+            "round.choice", round=choice.round, attempt=choice.attempt, candidate=one.id, depth=one.depth,
+            quantized_layers=one.quantized_layers, binding=choice.binding, peak_mb=one.peak_mb,
+            seconds=one.seconds, bytes_up=one.bytes_up, reason=choice.reason, **facts,
+        )  # fmt: skip
+        self._context.say(choice)
+
+    def _fetch(self) -> None:
+        row = self.row
+        if row is None:
+            return
+        self._downloads.keep_only(row.offer.versions)
+        if self._downloads.want(row.offer.versions, row.offer.chunk_bytes, row.offer.window):
+            self._save(state="training")
+
+    def _train(self) -> None:
+        context, row, joining = self._context, self.row, self._joining
+        run, fingerprint = joining.run, joining.fingerprint
+        if row is None or run is None or fingerprint is None or not isinstance(row.answer, Choice):
+            return
+        if not all(context.store.has(ref.object) for ref in row.offer.versions):
+            self._save(state="fetching")
+            return
+        choice, spec = row.answer, row.offer.spec
+        shutil.rmtree(self._staging, ignore_errors=True)
+        folder = self._staging / f"round-{row.round}"
+        folder.mkdir(parents=True)
+        residual = context.record.residual if spec.error_feedback else None
+        owed = tuple(one.object for one in context.record.owed()) if spec.error_feedback else ()
+
+        def build(id: int) -> Train:
+            return Train(
+                id=id, setup=setup_for(context, run, spec), run=run.run, round=row.round,
+                device=context.device, fingerprint=fingerprint.digest, candidate=choice.candidate, spec=spec,
+                versions=tuple(str(context.store.path(ref.object)) for ref in row.offer.versions),
+                residual=None if residual is None else str(context.store.path(residual)),
+                owed=tuple(str(context.store.path(digest)) for digest in owed),
+                folder=str(folder),
+            )  # fmt: skip
+
+        self._training, self._tainted = True, False
+        context.emit("training.start", round=row.round, attempt=choice.attempt)
+        context.desk.ask("train", build, lambda reply: self._on_reply(reply, owed))
+
+    def _on_reply(self, reply: TrainerReply, owed: tuple[str, ...]) -> None:
+        row = self.row
+        if isinstance(reply, Progress):
+            self._context.emit(
+                "training.progress", round=0 if row is None else row.round, stage=reply.stage,
+                done=reply.done, total=reply.total, loss=reply.loss,
+            )  # fmt: skip
+            return
+        self._training = False
+        if row is None or row.state != "training" or self._tainted:
+            return
+        if isinstance(reply, Trained):
+            measured = reply.measured
+            self._context.emit(
+                "training.done", round=row.round, samples=reply.samples, peak_mb=measured.peak_mb,
+                rest_mb=measured.rest_mb, train_s=measured.train_s, loss_last=measured.loss_last,
+            )  # fmt: skip
+            packed = Packed(
+                update=reply.update, residual=reply.residual, samples=reply.samples, measured=measured,
+                owed=owed, boot=self._context.boot,
+            )  # fmt: skip
+            self._save(state="packing", packed=packed)
+        elif isinstance(reply, Failed | Died) and not (
+            isinstance(reply, Failed) and reply.cause == "interrupted"
+        ):
+            self.react("trainer-death", reply=reply)
+
+    def _judge(self, reply: Failed | Died) -> None:
+        """The trainer failed or died: memory, a lasting fault, or worth another try."""
+        row = self.row
+        if row is None:
+            return
+        kills = row.kills + (isinstance(reply, Died) and not reply.memory and reply.exit == _SIGKILL)
+        memory = reply.cause == "memory" if isinstance(reply, Failed) else reply.memory or kills >= _KILLS
+        self._context.emit(
+            "training.failed", round=row.round, memory=memory, message=reply.message,
+            exit=reply.exit if isinstance(reply, Died) else None,
+        )  # fmt: skip
+        if memory:
+            self._save(kills=0)
+            self._step_down(reply.message)
+            return
+        self._save(kills=kills, failures=row.failures + 1)
+        match reply:
+            case Failed(cause="data"):
+                self.decline("data", reply.message)
+            case Failed(cause="mechanism"):
+                self.decline("mechanism", reply.message)
+            case Failed(cause="container"):
+                self._drop_versions(row)
+                self.decline("version", reply.message)
+            case Failed(cause="base" | "extra"):
+                self.decline("trainer", reply.message)
+            case _ if row.failures + 1 >= _ATTEMPTS:
+                self.decline("trainer", f"the trainer failed {_ATTEMPTS} times: {reply.message}")
+
+    def _step_down(self, message: str) -> None:
+        row, fit, run, described = self.row, self._joining.fit, self._joining.run, self._joining.described
+        if row is None or fit is None or run is None or not isinstance(row.answer, Choice):
+            return
+        known = set() if described is None else set(described.mechanisms)
+        smaller = step_down(
+            [one for one in row.offer.candidates if one.needs() <= known], row.answer.candidate, fit=fit,
+            budgets=self._budgets(row, fit, self._context.clock.monotonic()), shape=run.shape, lora=run.lora,
+            down_bytes=self._down_bytes(row.offer),
+        )  # fmt: skip
+        if smaller is None:
+            self.decline("memory", f"out of memory with the smallest candidate: {message}")
+            return
+        self._answer(
+            replace(
+                row.answer, candidate=smaller.candidate, binding="memory", attempt=row.answer.attempt + 1,
+                reason=smaller.reason,
+            )
+        )  # fmt: skip
+
+    def _drop_versions(self, row: RoundRow) -> None:
+        """A version that cannot be read is fetched again at the next offer."""
+        with self._context.record.transaction():
+            for ref in row.offer.versions:
+                self._context.record.remove_version(ref.number)
+        for ref in row.offer.versions:
+            self._context.store.remove(ref.object)
+
+    def _pack(self, now: float) -> None:
+        """Adopts update, residual and outbox row, all or nothing."""
+        context, row, fingerprint = self._context, self.row, self._joining.fingerprint
+        if row is None or row.packed is None or fingerprint is None or not isinstance(row.answer, Choice):
+            return
+        packed, offer = row.packed, row.offer
+        files = [Path(path) for path in (packed.update, packed.residual) if path is not None]
+        if packed.boot != context.boot or not all(file.is_file() for file in files):
+            # Not synced before a power cut, or half adopted: the same choice makes them again.
+            self._save(state="training", packed=None)
+            return
+        try:
+            adopted = [context.store.adopt(file) for file in reversed(files)][::-1]
+        except OSError as error:
+            context.emit(
+                "problem", message=f"the update cannot be kept: {error.strerror}", hint="free disk space"
+            )
+            self._retry_at = now + _STORAGE_S
+            return
+        digest, size = adopted[0]
+        announce = Announce(
+            device=context.device, run=offer.run, round=offer.round, nonce=offer.nonce,
+            fingerprint=fingerprint.digest, object=digest, bytes=size, chunk_bytes=offer.chunk_bytes,
+            builds_on=offer.versions[-1].number, samples=packed.samples, candidate=row.answer.candidate,
+            measured=packed.measured,
+        )  # fmt: skip
+        with context.record.transaction():
+            context.record.outbox.add(announce)
+            if offer.spec.error_feedback:
+                context.record.put("residual", adopted[1][0] if len(adopted) > 1 else None)
+            for one in packed.owed:
+                context.record.remove_owed(one)
+            self._save(state=None)
+            context.record.forget_old_rounds()
+        self.row = None
+        shutil.rmtree(self._staging, ignore_errors=True)
+        context.emit("update.queued", round=offer.round, bytes=size, object=digest)
+        self._sweep()
+        self._uploads.added(offer.run, offer.round, now)
+
+    # -- ends -----------------------------------------------------------------------------------------
+
+    def _repeat(self, offer: Offer | None) -> None:
+        """Says again what was said: for the offered round, or for the present one."""
+        context = self._context
+        row = self.row if offer is None else context.record.round(context.nonce, offer.round)
+        if row is None:
+            return
+        if row.answer is not None:
+            context.say(row.answer)
+        item = self._uploads.find(row.offer.run, row.round)
+        if item is not None:
+            self._uploads.announce(item, context.clock.monotonic())
+
+    def _end(self, outcome: str, answer: Decline | None = None) -> None:
+        if self.row is None:
+            return
+        self._save(state=None, outcome=outcome, packed=None, answer=answer or self.row.answer)
+        self._stop_training()
+        self._downloads.keep_only(())
+        self.row = None
+
+    def _stop_training(self) -> None:
+        if self._training:
+            self._training = False
+            self._context.desk.abandon()
+
+    def _sweep(self) -> None:
+        """Keeps the two newest versions, and the objects that something refers to."""
+        record = self._context.record
+        with record.transaction():
+            for number in sorted(record.versions())[:-2]:
+                record.remove_version(number)
+        self._context.store.sweep(record.objects())
+
+    def _save(self, **changes: Any) -> None:
+        if self.row is not None:
+            self.row = replace(self.row, **changes)
+            self._context.record.save_round(self.row)
