@@ -7,8 +7,6 @@ highest figure, above what is allocated at rest.
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import logging
 import resource
 from pathlib import Path
@@ -16,37 +14,12 @@ from typing import Any
 
 import torch
 
-__all__ = ["Meter", "is_out_of_memory", "limit_growth", "read_status", "settle_allocator", "trim"]
+from edge_sdk.training.allocator import trim
+
+__all__ = ["Meter", "is_out_of_memory", "limit_growth", "read_status"]
 
 _log = logging.getLogger(__name__)
 _MB = 1e6
-
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8
-_MMAP_THRESHOLD = 1 << 20
-_TRIM_THRESHOLD = 4 << 20
-
-
-def _libc() -> Any:
-    return ctypes.CDLL(None)
-
-
-def settle_allocator() -> None:
-    """Sets glibc's thresholds for this process; other C libraries are left as they are."""
-    libc = _libc()
-    if not hasattr(libc, "mallopt"):
-        _log.warning("this C library has no mallopt: memory peaks will vary more")
-        return
-    libc.mallopt(_M_ARENA_MAX, 1)
-    libc.mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD)
-    libc.mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD)
-
-
-def trim() -> None:
-    """Collects garbage and gives free pages back to the system."""
-    gc.collect()
-    libc = _libc()
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)
 
 
 def read_status() -> dict[str, float]:
@@ -112,7 +85,7 @@ def limit_growth(device: Any, growth_mb: float | None) -> None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory could not be had: Python's, torch's, or the C++ library's."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
         return True
     text = str(error)
     return isinstance(error, (RuntimeError, OSError)) and any(

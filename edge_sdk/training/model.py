@@ -211,7 +211,9 @@ def _linears(layer: Any) -> tuple[LoraModule, ...]:
 def _lora_modules(layers: Any, lora: LoraShape) -> tuple[LoraModule, ...]:
     every = _linears(layers[0])
     if any(_linears(layer) != every for layer in layers):
-        raise BaseModelError("the transformer layers differ in their linears", "this structure is not supported")
+        raise BaseModelError(
+            "the transformer layers differ in their linears", "this structure is not supported"
+        )
     if lora.targets == ("all-linear",):
         return every
     chosen = tuple(m for m in every if m.name in lora.targets or m.name.rsplit(".", 1)[-1] in lora.targets)

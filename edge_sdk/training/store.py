@@ -23,6 +23,7 @@ from edge_sdk.training.packing import GROUP, pack, unpack
 
 __all__ = ["ActivationStore"]
 
+
 class _Packed:
     """One packed storage, shared by all that saved a view of it."""
 

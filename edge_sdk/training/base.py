@@ -1,0 +1,66 @@
+"""Where the base model is, and on what to compute: the two things a setup leaves to this machine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from edge_sdk.data.base_files import find_base
+from edge_sdk.errors import BaseModelError
+
+__all__ = ["compute_device", "local_base"]
+
+_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "bpe.codes")
+
+
+def local_base(base: str) -> Path:
+    """The folder of the base: a local one, the hub cache's, or fetched from the hub where it is a hub id.
+
+    A local folder makes the Hugging Face libraries stay offline. Raises BaseModelError.
+    """
+    try:
+        folder = find_base(base)
+    except BaseModelError as missing:
+        if Path(base).expanduser().is_absolute() or base.startswith((".", "~")) or base.count("/") > 1:
+            raise
+        return _fetch(base, missing)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+    return folder
+
+
+def _fetch(hub_id: str, missing: BaseModelError) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        # safetensors and text only: a pickle can run any code
+        return Path(snapshot_download(hub_id, allow_patterns=list(_FILES)))
+    except Exception as error:  # the hub's and the connection's errors have no common base
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise BaseModelError(f"{missing.message}, and cannot be fetched: {reason}", missing.hint) from error
+
+
+def compute_device(wanted: str) -> Any:
+    """The torch device that ``auto``, ``cpu`` or ``cuda:N`` stands for here.
+
+    ``auto`` takes the first CUDA device and falls to the CPU. Raises BaseModelError where CUDA is asked
+    for by name and not there.
+    """
+    import torch
+
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted == "cpu" or (wanted == "auto" and not there):
+        return torch.device("cpu")
+    index = int(wanted.partition(":")[2] or 0)
+    if index >= there:
+        what = (
+            f"this machine has {there} CUDA devices"
+            if there
+            else f"torch {torch.__version__} sees no CUDA device"
+        )
+        raise BaseModelError(
+            f"trainer.device is {wanted}, and {what}",
+            "set trainer.device to auto or cpu, or install a torch built for this GPU",
+        )
+    return torch.device("cuda", index)

@@ -1,0 +1,258 @@
+"""Answers trainer requests, one at a time, in whatever thread calls ``handle``.
+
+torch, transformers and peft are imported by the first request that computes: ``Export`` does without.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from edge_sdk.errors import TrainerError
+from edge_sdk.protocol.measure import Measured
+from edge_sdk.protocol.trainer import (
+    Describe,
+    Described,
+    Evaluate,
+    Evaluated,
+    Export,
+    Exported,
+    Failed,
+    Interrupt,
+    Probe,
+    Probed,
+    Progress,
+    Setup,
+    Train,
+    Trained,
+    TrainerReply,
+    TrainerRequest,
+)
+from edge_sdk.training.failures import Interrupted, failed
+from edge_sdk.training.words import MECHANISMS, refuse_missing
+
+if TYPE_CHECKING:
+    from edge_sdk.training.memory import Meter
+    from edge_sdk.training.resident import Resident
+
+__all__ = ["Engine"]
+
+_PROGRESS_S = 0.5
+"""Least time between two progress replies of a request."""
+
+Stage = Literal["loading", "probing", "training", "evaluating"]
+
+
+class Engine:
+    """The trainer behind both hosts.
+
+    Args:
+        deliver: takes every reply: any number of ``Progress``, then exactly one other.
+        enforce: whether this process is the trainer's own, so that memory limits may be set on it.
+    """
+
+    def __init__(self, deliver: Callable[[TrainerReply], None], *, enforce: bool) -> None:
+        self._deliver = deliver
+        self._enforce = enforce
+        self._resident: Resident | None = None
+        self._interrupted = threading.Event()
+        self._told = 0.0
+
+    @property
+    def loaded(self) -> bool:
+        """Whether a model is held."""
+        return self._resident is not None
+
+    def accept(self) -> None:
+        """A request was received: an interrupt before it was not meant for it."""
+        self._interrupted.clear()
+
+    def interrupt(self) -> None:
+        """Ends the current request within a step; from any thread."""
+        self._interrupted.set()
+
+    def unload(self) -> None:
+        """Lets go of the model. What the process keeps of its memory is the allocator's affair."""
+        if self._resident is not None:
+            self._resident.release()
+            self._resident = None
+
+    def handle(self, request: TrainerRequest) -> None:
+        """Answers a request; never raises."""
+        self._told = 0.0
+        failure: Failed | None = None
+        try:
+            self._deliver(self._answer(request))
+        except Exception as error:
+            failure = failed(getattr(request, "id", 0), error)
+        # only now, with the exception and its frames gone, is the memory of the failed request free
+        if failure is not None:
+            if failure.cause == "memory" and self._resident is not None:
+                self._resident.recover()
+            self._deliver(failure)
+
+    def _answer(self, request: TrainerRequest) -> TrainerReply:
+        if isinstance(request, Describe):
+            return self._describe(request)
+        if isinstance(request, Probe):
+            return self._probe(request)
+        if isinstance(request, Train):
+            return self._train(request)
+        if isinstance(request, Evaluate):
+            return self._evaluate(request)
+        if isinstance(request, Export):
+            return self._export(request)
+        if isinstance(request, Interrupt):
+            raise TrainerError("an interrupt is not a request to answer")
+        raise TrainerError(f"no request of kind {type(request).__name__} is known")
+
+    def _check(self) -> None:
+        if self._interrupted.is_set():
+            raise Interrupted
+
+    def _progress(self, request: int, stage: Stage, done: int, total: int, loss: float | None = None) -> None:
+        now = time.monotonic()
+        if done < total and now - self._told < _PROGRESS_S:
+            return
+        self._told = now
+        self._deliver(Progress(id=request, stage=stage, done=done, total=total, loss=loss))
+
+    def _ready(self, request: int, setup: Setup) -> Resident:
+        """The resident model of a setup, loaded where another one or none is there."""
+        refuse_missing(setup.spec)
+        from edge_sdk.training.base import local_base
+
+        folder = local_base(setup.base)
+        from edge_sdk.training.resident import Resident, resident_key
+
+        self._check()
+        if self._resident is None or self._resident.key != resident_key(setup):
+            self.unload()
+            self._progress(request, "loading", 0, 1)
+            self._resident = Resident(setup, folder, self._check, enforce=self._enforce)
+            self._progress(request, "loading", 1, 1)
+        self._resident.threads(setup)
+        return self._resident
+
+    def _watch(self, resident: Resident, meter: Meter) -> Callable[[], None]:
+        def watch() -> None:
+            self._check()
+            resident.check_limit(meter)
+
+        return watch
+
+    def _describe(self, request: Describe) -> Described:
+        import torch
+
+        resident = self._ready(request.id, request.setup)
+        samples, counts = 0, ()
+        if request.setup.data is not None:
+            rows = resident.rows(request.setup)
+            samples, counts = len(rows), rows.counts
+        resident.settle(request.setup)
+        return Described(
+            id=request.id,
+            base=str(resident.folder),
+            shape=resident.model.shape,
+            rest_mb=resident.rest_mb,
+            samples=samples,
+            label_counts=counts,
+            device=str(resident.device),
+            mechanisms=MECHANISMS,
+            torch=torch.__version__,
+        )
+
+    def _probe(self, request: Probe) -> Probed:
+        resident = self._ready(request.id, request.setup)
+        from edge_sdk.training.probing import probe
+
+        if request.setup.data is not None:
+            resident.rows(request.setup)  # part of what lies at rest
+        resident.settle(request.setup)
+
+        def report(done: int, total: int) -> None:
+            self._progress(request.id, "probing", done, total)
+
+        return Probed(id=request.id, fit=probe(resident, request.setup, self._check, report))
+
+    def _train(self, request: Train) -> Trained:
+        refuse_missing(request.spec, request.candidate)
+        resident = self._ready(request.id, request.setup)
+        from edge_sdk.training.loop import train
+        from edge_sdk.training.memory import Meter
+        from edge_sdk.training.update import Start, write_results
+
+        candidate, setup = request.candidate, request.setup
+        rows = resident.rows(setup, candidate.max_length)
+        resident.settle(setup)
+        meter = Meter(resident.device)
+        watch = self._watch(resident, meter)
+        start = Start.read(request)
+        resident.model.set_adapter(start.adapter)
+        batches = resident.batches(
+            rows, candidate, seed=request.spec.seed, round=request.round, device=request.device
+        )
+
+        def report(step: int, loss: float) -> None:
+            self._progress(request.id, "training", step, candidate.steps, loss)
+
+        trace = train(resident.model, batches, candidate, request.spec, check=watch, report=report)
+        files = write_results(request, start, resident.model)
+        watch()
+        return Trained(
+            id=request.id,
+            update=str(files.update),
+            residual=str(files.residual) if files.residual else None,
+            samples=len(rows),
+            measured=Measured(
+                rest_mb=meter.rest_mb,
+                peak_mb=meter.peak_mb(),
+                train_s=trace.train_s,
+                step_s=sorted(trace.step_s)[len(trace.step_s) // 2],
+                steps=candidate.steps,
+                loss_first=trace.losses[0],
+                loss_last=trace.losses[-1],
+                threads=resident.threads(setup),
+            ),
+        )
+
+    def _evaluate(self, request: Evaluate) -> Evaluated:
+        resident = self._ready(request.id, request.setup)
+        from edge_sdk.training.loop import accuracy
+        from edge_sdk.training.memory import Meter
+        from edge_sdk.updates.versions import read_adapter
+
+        setup = request.setup
+        rows = resident.rows(setup)
+        resident.settle(setup)
+        started = time.perf_counter()
+        watch = self._watch(resident, Meter(resident.device))
+        resident.model.set_adapter(read_adapter([Path(p) for p in request.versions]))
+
+        def report(done: int) -> None:
+            self._progress(request.id, "evaluating", done, len(rows))
+
+        share, loss, count = accuracy(
+            resident.model, resident.in_order(rows, setup.micro_batch), check=watch, report=report
+        )
+        return Evaluated(
+            id=request.id, accuracy=share, loss=loss, examples=count, seconds=time.perf_counter() - started
+        )
+
+    def _export(self, request: Export) -> Exported:
+        from edge_sdk.updates.peft import write_peft
+        from edge_sdk.updates.versions import read_adapter
+
+        folder = Path(request.folder)
+        write_peft(
+            folder,
+            read_adapter([Path(p) for p in request.versions]),
+            shape=request.shape,
+            lora=request.lora,
+            base=request.base,
+            labels=request.labels,
+        )
+        return Exported(id=request.id, folder=str(folder))

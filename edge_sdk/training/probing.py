@@ -1,0 +1,159 @@
+"""The probe: a few settings, run for real, so that the cost model is fitted and not assumed.
+
+At most five, in ascending memory. The first two are the smallest there are; each further one is run only
+where what was measured so far predicts that it fits the limit.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from edge_sdk.planning.cost import peak_mb
+from edge_sdk.planning.fitting import fit_cost
+from edge_sdk.protocol.measure import Fit, ProbePoint
+from edge_sdk.protocol.model import ModelShape
+from edge_sdk.protocol.spec import Candidate
+from edge_sdk.protocol.trainer import Setup
+from edge_sdk.training.failures import OutOfMemory
+from edge_sdk.training.loop import train
+from edge_sdk.training.memory import Meter, is_out_of_memory
+from edge_sdk.training.resident import Resident
+
+__all__ = ["MAX_SETTINGS", "probe"]
+
+_log = logging.getLogger(__name__)
+
+MAX_SETTINGS = 5
+_STEPS = 4
+"""The first takes its time for what later ones find ready; the least of the others counts."""
+_MARGIN = 0.9
+"""Share of the limit that a prediction may fill."""
+
+
+def probe(
+    resident: Resident, setup: Setup, check: Callable[[], None], report: Callable[[int, int], None]
+) -> Fit:
+    """Measures and fits. Raises OutOfMemory where not even one layer fits the limit."""
+    before = resident.model.adapter()
+    points: list[ProbePoint] = []
+    growth = resident.growth_mb()
+    try:
+        for step in range(MAX_SETTINGS):
+            setting = _next_setting(points, resident.model.shape.layers, growth, _prior(resident, setup))
+            if setting is None:
+                break
+            report(step, MAX_SETTINGS)
+            point = _measure(resident, setup, *setting, check)
+            if point is None:
+                break
+            points.append(point)
+    finally:
+        resident.model.set_adapter(before)
+    if not points:
+        raise OutOfMemory(
+            f"not even one layer can be trained in {growth or 0:.0f} MB above rest ({resident.rest_mb:.0f} MB)",
+            "raise limits.memory_mb, or lower training.batch or training.max_length in run.toml",
+        )
+    report(MAX_SETTINGS, MAX_SETTINGS)
+    return _fit(points, setup, resident)
+
+
+def _fit(points: list[ProbePoint], setup: Setup, resident: Resident) -> Fit:
+    return fit_cost(
+        points,
+        micro_batch=setup.micro_batch,
+        max_length=setup.max_length,
+        activation_bits=8,
+        rest_mb=resident.rest_mb,
+        threads=resident.threads(setup),
+        machine=resident.machine(setup),
+    )
+
+
+def _prior(resident: Resident, setup: Setup) -> Fit:
+    return prior_fit(resident.model.shape, setup)
+
+
+def prior_fit(shape: ModelShape, setup: Setup) -> Fit:
+    """Memory by counting, before anything was measured: fp32, fused attention, LoRA on all linears.
+
+    Per layer 8 batch · length · hidden values and two of the inner width are saved; all but four (the
+    attention's own) are packed to 8 bits and a quarter of scales. LoRA's values come with their gradient
+    and two moments. A forward pass takes a handful of such tensors besides.
+    """
+    unit = setup.micro_batch * setup.max_length * shape.hidden * 4 / 1e6
+    inner = 2 * unit * shape.intermediate / shape.hidden
+    return Fit(
+        micro_batch=setup.micro_batch, max_length=setup.max_length, rest_mb=0.0,
+        head_mb=4 * unit + 2 * inner, layer_mb=8 * unit + inner + 12 * shape.lora_values(setup.lora.rank) / 1e6,
+        saved_mb=0.69 * (4 * unit + inner), work_mb=inner,
+        forward_s=0.0, layer_s=0.0, quantize_s=0.0, probes=(),
+    )  # fmt: skip
+
+
+def _next_setting(
+    points: list[ProbePoint], layers: int, growth: float | None, prior: Fit
+) -> tuple[int, int] | None:
+    """The next (depth, quantized layers), or None where nothing more is worth or safe to measure.
+
+    One layer packed and plain tell what the head and a layer cost; the deepest settings that fit, packed
+    and plain, give the slopes; one in the middle holds the line against noise.
+    """
+    done = {(p.depth, p.quantized_layers) for p in points}
+    if not points:
+        return (1, 1)
+    if (1, 0) not in done:
+        return (1, 0) if _fits((1, 0), points, growth, prior) else None
+    middle = (layers + 1) // 2
+    for a_share, depths in ((1, (middle,)), (1, range(layers, 1, -1)), (0, range(layers, 1, -1))):
+        fitting = [(d, d * a_share) for d in depths if _fits((d, d * a_share), points, growth, prior)]
+        if a_share and any(p.depth > 1 and p.quantized_layers for p in points) and depths == (middle,):
+            continue
+        if fitting and fitting[0] not in done and not _has_deeper(points, fitting[0]):
+            return fitting[0]
+    return None
+
+
+def _has_deeper(points: list[ProbePoint], setting: tuple[int, int]) -> bool:
+    depth, quantized = setting
+    return any(
+        p.depth >= depth and (p.quantized_layers > 0) == (quantized > 0) for p in points if p.depth > 1
+    )
+
+
+def _fits(setting: tuple[int, int], points: list[ProbePoint], growth: float | None, prior: Fit) -> bool:
+    """By the counted model, scaled to the measured points where they were above it."""
+    if growth is None:
+        return True
+    worst = max(p.peak_mb / max(1e-6, peak_mb(prior, p.depth, p.quantized_layers)) for p in points)
+    return peak_mb(prior, *setting) * worst <= _MARGIN * growth
+
+
+def _measure(
+    resident: Resident, setup: Setup, depth: int, quantized: int, check: Callable[[], None]
+) -> ProbePoint | None:
+    """One setting; None where it ran out of memory after all."""
+    candidate = Candidate(
+        id="probe", depth=depth, quantized_layers=quantized, steps=_STEPS,
+        micro_batch=setup.micro_batch, max_length=setup.max_length,
+    )  # fmt: skip
+    meter = Meter(resident.device)
+
+    def watch() -> None:
+        check()
+        resident.check_limit(meter)
+
+    try:
+        trace = train(
+            resident.model, resident.random_batches(candidate), candidate, setup.spec,
+            check=watch, report=lambda *_: None,
+        )  # fmt: skip
+    except Exception as error:
+        if not (isinstance(error, OutOfMemory) or is_out_of_memory(error)):
+            raise
+        _log.warning("probe of depth %d, %d quantized: out of memory", depth, quantized)
+        return None
+    return ProbePoint(
+        depth=depth, quantized_layers=quantized, peak_mb=meter.peak_mb(), step_s=min(trace.step_s[1:])
+    )

@@ -1,0 +1,230 @@
+"""What stays in memory between requests: model, tokenizer, tokenized rows, the head's cached inputs."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edge_sdk.device.machine import read_profile
+from edge_sdk.errors import DataError
+from edge_sdk.protocol.spec import Candidate
+from edge_sdk.protocol.trainer import Setup
+from edge_sdk.training.allocator import trim
+from edge_sdk.training.base import compute_device
+from edge_sdk.training.batches import Rows, load_tokenizer, tokenize_rows
+from edge_sdk.training.failures import OutOfMemory
+from edge_sdk.training.loop import Batch, train
+from edge_sdk.training.memory import Meter, limit_growth
+from edge_sdk.training.model import load_model
+from edge_sdk.training.randomness import batch_rows, generator
+
+__all__ = ["Resident", "resident_key"]
+
+_log = logging.getLogger(__name__)
+
+
+def resident_key(setup: Setup) -> tuple[object, ...]:
+    """What another value of means loading the model again."""
+    return (setup.base, setup.labels, setup.lora, setup.device)
+
+
+class Resident:
+    """The loaded trainer of one setup.
+
+    Args:
+        folder: the local base.
+        check: called between pieces of work; raises to end the request.
+        enforce: whether the process is the trainer's own, so that a memory limit may be set on it.
+    """
+
+    def __init__(self, setup: Setup, folder: Path, check: Callable[[], None], *, enforce: bool) -> None:
+        self.key = resident_key(setup)
+        self.folder = folder
+        self.device = compute_device(setup.device)
+        self.rest_mb = 0.0
+        self._check = check
+        self._enforce = enforce
+        self._limit_mb: float | None = None
+        self._settled = False
+        self._rows: dict[tuple[object, ...], Rows] = {}
+        self._features: tuple[str, Any, Any] | None = None
+        self.threads(setup)
+        self.model = load_model(folder, setup.labels, setup.lora, self.device)
+        self._tokenizer = load_tokenizer(folder)
+        self._warm_up(setup)
+
+    def threads(self, setup: Setup) -> int:
+        """Sets the thread count that the setup asks for; returns what torch uses."""
+        if setup.threads and torch.get_num_threads() != setup.threads:
+            torch.set_num_threads(setup.threads)
+        return int(torch.get_num_threads())
+
+    def machine(self, setup: Setup) -> str:
+        """Names all that a cost fit depends on."""
+        computes = (
+            read_profile().processor if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
+        )
+        return f"{computes}; torch {torch.__version__}; {self.device}; {self.threads(setup)} threads"
+
+    def rows(self, setup: Setup, max_length: int | None = None) -> Rows:
+        """The setup's rows, tokenized once per file and length. Raises DataError."""
+        if setup.data is None:
+            raise DataError("this request needs data, and its setup names none", "set data.path")
+        length = max_length or setup.max_length
+        key = (setup.data, setup.template, length, _stamp(Path(setup.data.path)))
+        if key not in self._rows:
+            # of a file that changed, and of another length, nothing is kept
+            self._rows = {k: v for k, v in self._rows.items() if k[0] != setup.data}
+            self._features = None
+            self._rows[key] = tokenize_rows(
+                setup.data, setup.labels, tokenizer=self._tokenizer, template=setup.template,
+                max_length=length, check=self._check,
+            )  # fmt: skip
+            self._settled = False
+        return self._rows[key]
+
+    def settle(self, setup: Setup) -> None:
+        """Measures the memory at rest and puts the setup's limit in force.
+
+        Raises OutOfMemory where the limit is below what the trainer holds at rest.
+        """
+        if self._settled and setup.memory_mb == self._limit_mb:
+            return
+        self._limit(None)
+        self.rest_mb = Meter(self.device).rest_mb
+        self._limit_mb = setup.memory_mb
+        self._settled = True
+        if self._limit_mb is None:
+            return
+        if not self._enforce:
+            _log.warning("limits.memory_mb is enforced on a trainer process only, not inside an app")
+            return
+        if self.rest_mb >= self._limit_mb:
+            self._settled = False
+            raise OutOfMemory(
+                f"the trainer holds {self.rest_mb:.0f} MB at rest, with the model loaded; "
+                f"limits.memory_mb = {self._limit_mb:.0f} leaves nothing to train with",
+                f"set limits.memory_mb well above {self.rest_mb:.0f}, or take a smaller base model",
+            )
+        self._limit(self._limit_mb - self.rest_mb)
+
+    def growth_mb(self) -> float | None:
+        """What the limit leaves above rest; None: no limit."""
+        return None if self._limit_mb is None or not self._enforce else self._limit_mb - self.rest_mb
+
+    def check_limit(self, meter: Meter) -> None:
+        """Raises OutOfMemory where the process held more than its limit since ``meter`` was made."""
+        if self._limit_mb is not None and self._enforce and meter.highest_mb() > self._limit_mb:
+            raise OutOfMemory(
+                f"the trainer held {meter.highest_mb():.0f} MB, its limit is {self._limit_mb:.0f}",
+                "a smaller candidate may fit",
+            )
+
+    def recover(self) -> None:
+        """After running out of memory: everything of the failed request goes; the limit stays."""
+        self._limit(None)
+        self.model.set_depth(0)
+        self._features = None
+        self._settled = False
+        trim()
+
+    def release(self) -> None:
+        """Lifts the process's limit, before another model is loaded."""
+        self._limit(None)
+
+    def batches(
+        self, rows: Rows, candidate: Candidate, *, seed: int, round: int, device: str
+    ) -> Iterator[Batch]:
+        """The batches of a round, in its order; features where the depth is 0."""
+        orders = batch_rows(len(rows), candidate.micro_batch, seed=seed, round=round, device=device)
+        if candidate.depth:
+            for order in orders:
+                chosen = torch.from_numpy(order)
+                yield (*rows.inputs(chosen, self.device), rows.targets(chosen, self.device))
+        drawn = [torch.from_numpy(next(orders)) for _ in range(candidate.steps * candidate.accumulation)]
+        features = self._head_inputs(rows, torch.cat(drawn), candidate.micro_batch)
+        for chosen in drawn:
+            yield features[chosen].unsqueeze(1).to(self.device), None, rows.targets(chosen, self.device)
+
+    def in_order(self, rows: Rows, batch: int) -> Iterator[Batch]:
+        """Every row once, in the file's order."""
+        for start in range(0, len(rows), batch):
+            chosen = torch.arange(start, min(start + batch, len(rows)))
+            yield (*rows.inputs(chosen, self.device), rows.targets(chosen, self.device))
+
+    def _head_inputs(self, rows: Rows, wanted: Any, batch: int) -> Any:
+        """The head's inputs (rows, hidden), computed for ``wanted`` rows that are not there yet.
+
+        They hold as long as rows and LoRA values are the same, which head-only training leaves alone.
+        """
+        key = f"{id(rows)} {self._lora_digest()}"
+        if self._features is None or self._features[0] != key:
+            self._features = (
+                key, torch.empty(len(rows), self.model.shape.hidden), torch.zeros(len(rows), dtype=torch.bool),
+            )  # fmt: skip
+        _, features, there = self._features
+        missing = torch.unique(wanted[~there[wanted]])
+        with torch.inference_mode():
+            for chosen in missing.split(batch):
+                self._check()
+                features[chosen] = self.model.encode(*rows.inputs(chosen, self.device))[:, 0].cpu()
+                there[chosen] = True
+        return features
+
+    def _lora_digest(self) -> str:
+        digest = hashlib.sha256()
+        for key, parameter in self.model.parts.items():
+            if not key.startswith("dense."):
+                digest.update(parameter.detach().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def _warm_up(self, setup: Setup) -> None:
+        """Steps to be discarded: libraries load, threads start, scratch is taken, plain and quantized."""
+        before = self.model.adapter()
+        for quantized in (0, 1):
+            candidate = Candidate(
+                id="warm-up", depth=1, quantized_layers=quantized, steps=2,
+                micro_batch=setup.micro_batch, max_length=setup.max_length,
+            )  # fmt: skip
+            train(
+                self.model,
+                self.random_batches(candidate),
+                candidate,
+                setup.spec,
+                check=self._check,
+                report=_ignore,
+            )
+        self.model.set_adapter(before)
+
+    def random_batches(self, candidate: Candidate) -> Iterator[Batch]:
+        """Batches of random tokens, full length: costs do not depend on what the rows say."""
+        draw = generator(0, 0, "", "probe")
+        shape = (candidate.micro_batch, candidate.max_length)
+        labels = self.model.net.config.num_labels
+        while True:
+            ids = torch.from_numpy(draw.integers(0, self.model.shape.vocabulary, shape)).to(self.device)
+            mask = torch.ones_like(ids)
+            mask[0, candidate.max_length // 2 + 1 :] = 0  # a padded row: the mask takes part
+            yield ids, mask, torch.from_numpy(draw.integers(0, labels, shape[0])).to(self.device)
+
+    def _limit(self, growth_mb: float | None) -> None:
+        if self._enforce:
+            limit_growth(self.device, growth_mb)
+
+
+def _ignore(step: int, loss: float) -> None:
+    """No progress is told."""
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)  # noqa: PTH116 - one call for both figures
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
