@@ -1,0 +1,390 @@
+"""One MQTT connection, from socket to loss: one paho client, one thread, thrown away afterwards.
+
+A fresh client for every connection is the cure for several of paho's habits: nothing is resent from its
+queues after a reconnect, a message that the broker chokes on does not come back, its loop is never
+restarted. Paho's own thread is not used: the caller pumps, and hands over one message at a time, so that
+a ping never waits behind more than that message.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import select
+import socket
+import ssl
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import paho.mqtt.client as paho
+from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
+from paho.mqtt.properties import Properties
+from paho.mqtt.reasoncodes import ReasonCode
+from paho.mqtt.subscribeoptions import SubscribeOptions
+
+from edge_sdk.errors import BrokerError, ConfigError, CredentialsError, EdgeError, ProtocolError
+from edge_sdk.transport.base import Will
+from edge_sdk.transport.broker_url import BrokerAddress, tls_context
+
+__all__ = ["Link", "NoAnswerError", "NotYetValidError", "TakenOverError"]
+
+_log = logging.getLogger(__name__)
+
+_CONNECT_S = 10.0
+_MOST_UNACKNOWLEDGED = 16
+_PACKET_OVERHEAD = 64
+_UNSENT_BYTES = 256 * 1024
+# In Linux since 3.12; not named in the socket module of older Pythons.
+_TCP_NOTSENT_LOWAT = getattr(socket, "TCP_NOTSENT_LOWAT", 25)
+
+_UNSUPPORTED_VERSION, _BAD_CLIENT_ID, _TAKEN_OVER, _TOO_LARGE = 132, 133, 142, 149
+_NOT_ALLOWED = {134, 135, 138, 140}  # bad user name or password, not authorized, banned, bad method
+_NOT_YET_VALID = 9  # X509_V_ERR_CERT_NOT_YET_VALID
+_CLOCK_HINT = (
+    "check broker.tls.ca and this device's clock: a board without a battery starts in 1970, "
+    "and every certificate lies in its future"
+)
+
+
+class NoAnswerError(BrokerError):
+    """The connection ended before the broker said anything: perhaps it does not speak this version."""
+
+
+class NotYetValidError(CredentialsError):
+    """The broker's certificate lies in this device's future: waiting for the right time helps."""
+
+
+class TakenOverError(BrokerError):
+    """Another client connected under the same id."""
+
+
+class _NotingSocket(ssl.SSLSocket):
+    """Keeps the TLS error that paho only logs: with TLS 1.3 a refused client certificate shows on reading."""
+
+    noted: ssl.SSLError | None = None
+
+    def recv(self, buflen: int = 1024, flags: int = 0) -> bytes:
+        try:
+            return super().recv(buflen, flags)
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            raise
+        except ssl.SSLError as error:
+            self.noted = error
+            raise
+
+    def send(self, data: Any, flags: int = 0) -> int:
+        try:
+            return super().send(data, flags)
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            raise
+        except ssl.SSLError as error:
+            self.noted = error
+            raise
+
+
+class Link:
+    """``open``, ``pump`` until ``accepted``; then ``subscribe``, ``publish`` and ``pump`` until an error.
+
+    Every method raises BrokerError (CredentialsError among them) when the connection is refused or lost.
+    """
+
+    def __init__(
+        self,
+        address: BrokerAddress,
+        client_id: str,
+        *,
+        version5: bool,
+        keepalive: int,
+        will: Will | None,
+        deliver: Callable[[str, bytes, bool], None],
+    ) -> None:
+        self.accepted = False
+        self.refused = 0
+        """Messages that the broker acknowledged with a refusal (MQTT 5 only)."""
+        self.most_payload: int | None = None
+        """What the broker takes of payload and topic together; None: it sets no limit."""
+        self._address, self._client_id, self._version5 = address, client_id, version5
+        self._keepalive = keepalive
+        self._deliver = deliver
+        self._error: EdgeError | None = None
+        self._unacknowledged: dict[int, float] = {}
+        self._most_unacknowledged = _MOST_UNACKNOWLEDGED
+        self._qos = 1
+        self._socket: Any = None
+        self._told_refused: set[int] = set()
+        self._opened = 0.0
+        self._client = self._make(will)
+
+    def _make(self, will: Will | None) -> paho.Client:
+        client = paho.Client(
+            CallbackAPIVersion.VERSION2,
+            client_id=self._client_id,
+            clean_session=None if self._version5 else True,
+            protocol=MQTTProtocolVersion.MQTTv5 if self._version5 else MQTTProtocolVersion.MQTTv311,
+            reconnect_on_failure=False,
+        )
+        client.connect_timeout = _CONNECT_S
+        client.max_inflight_messages_set(_MOST_UNACKNOWLEDGED)
+        client.on_socket_open = self._on_socket_open
+        client.on_connect = self._on_connect
+        client.on_disconnect = self._on_disconnect
+        client.on_message = self._on_message
+        client.on_publish = self._on_publish
+        client.on_subscribe = self._on_subscribe
+        if will is not None:
+            client.will_set(will.topic, will.payload, qos=1, retain=True)
+        return client
+
+    # -- what the owner's thread calls -------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Connects the socket and sends CONNECT; blocks for at most some seconds."""
+        address = self._address
+        if address.username is not None:
+            self._client.username_pw_set(address.username, address.password())
+        if address.tls:
+            self._client.tls_set_context(_context(address))
+        # No properties in CONNECT: brokers without MQTT 5 wait for ever for the end of what they misread.
+        try:
+            self._client.connect(address.host, address.port, self._keepalive)
+        except OSError as error:
+            raise _connect_error(address, error) from error
+        self._opened = time.monotonic()
+
+    def pump(self, wake: int, timeout: float) -> None:
+        """Waits for the network or for the descriptor ``wake``, and lets paho read, write and ping."""
+        sock = self._client.socket()
+        if sock is None:
+            raise self._loss()
+        # Bytes that TLS has already decrypted do not show in poll.
+        pending = bool(sock.pending()) if isinstance(sock, ssl.SSLSocket) else False
+        descriptor = sock.fileno()
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN | (select.POLLOUT if self._client.want_write() else 0))
+        poll.register(wake, select.POLLIN)
+        ready = dict(poll.poll(0 if pending else int(timeout * 1000)))
+        if pending or ready.get(descriptor, 0) & ~select.POLLOUT:
+            self._client.loop_read()
+        if self._client.want_write():
+            self._client.loop_write()
+        self._client.loop_misc()
+        if self._error is not None:
+            raise self._error
+        if self._client.socket() is None:
+            raise self._loss()
+        self._watch()
+
+    @property
+    def ready(self) -> bool:
+        """Whether another message may be handed over now."""
+        return not self._client.want_write() and len(self._unacknowledged) < self._most_unacknowledged
+
+    @property
+    def unacknowledged(self) -> int:
+        return len(self._unacknowledged)
+
+    def publish(self, topic: str, payload: bytes, retain: bool) -> None:
+        info = self._client.publish(topic, payload, qos=self._qos, retain=retain)
+        if info.rc != paho.MQTT_ERR_SUCCESS:
+            raise self._loss()
+        if self._qos > 0:
+            self._unacknowledged[info.mid] = time.monotonic()
+
+    def subscribe(self, filters: Sequence[str]) -> None:
+        if not filters:
+            return
+        if self._version5:
+            code, _ = self._client.subscribe([(f, SubscribeOptions(qos=1)) for f in filters])
+        else:
+            code, _ = self._client.subscribe([(f, 1) for f in filters])
+        if code != paho.MQTT_ERR_SUCCESS:
+            raise self._loss()
+
+    def leave(self, wake: int) -> None:
+        """Says goodbye, so that the broker drops the will; waits a second at most."""
+        end = time.monotonic() + 1.0
+        with contextlib.suppress(Exception):
+            self._client.disconnect()
+            while self._client.socket() is not None and time.monotonic() < end:
+                self.pump(wake, 0.1)
+
+    def close(self) -> None:
+        """Lets go of the socket, without a goodbye."""
+        sock, self._socket = self._socket, None
+        if sock is not None:
+            with contextlib.suppress(OSError):
+                sock.close()
+        for name in (
+            "on_socket_open",
+            "on_connect",
+            "on_disconnect",
+            "on_message",
+            "on_publish",
+            "on_subscribe",
+        ):
+            setattr(self._client, name, None)
+
+    # -- paho's callbacks: they note and hand on, and never raise --------------------------------------
+
+    def _on_socket_open(self, _client: object, _data: object, sock: Any) -> None:
+        self._socket = sock
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            # Else megabytes wait in the kernel on a slow link, and the ping behind them.
+            sock.setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
+
+    def _on_connect(
+        self, _client: object, _data: object, _flags: object, reason: ReasonCode, limits: Properties | None
+    ) -> None:
+        if reason.is_failure:
+            self._error = self._refusal(reason)
+            return
+        maximum = getattr(limits, "MaximumPacketSize", None)
+        if maximum is not None:
+            self.most_payload = maximum - _PACKET_OVERHEAD
+        self._most_unacknowledged = min(
+            _MOST_UNACKNOWLEDGED, getattr(limits, "ReceiveMaximum", _MOST_UNACKNOWLEDGED)
+        )
+        self._qos = min(1, getattr(limits, "MaximumQoS", 1))
+        if getattr(limits, "RetainAvailable", 1) == 0:
+            self._error = BrokerError(
+                f"the broker {self._address.url} keeps no retained messages, which the protocol needs",
+                "switch them on in the broker",
+            )
+            return
+        self.accepted = True
+
+    def _on_disconnect(
+        self, _client: object, _data: object, flags: Any, reason: ReasonCode, _props: object
+    ) -> None:
+        if self._error is not None or not flags.is_disconnect_packet_from_server:
+            return
+        self._error = self._refusal(reason)
+
+    def _on_message(self, _client: object, _data: object, message: paho.MQTTMessage) -> None:
+        try:
+            self._deliver(message.topic, bytes(message.payload), bool(message.retain))
+        except Exception:
+            _log.exception("a message was not taken")
+
+    def _on_publish(
+        self, _client: object, _data: object, mid: int, reason: ReasonCode, _props: object
+    ) -> None:
+        self._unacknowledged.pop(mid, None)
+        if reason.is_failure:
+            self.refused += 1
+            if reason.value not in self._told_refused:
+                self._told_refused.add(reason.value)
+                _log.warning("the broker %s refused a message: %s", self._address.url, reason)
+
+    def _on_subscribe(
+        self, _client: object, _data: object, _mid: int, reasons: list[ReasonCode], _props: object
+    ) -> None:
+        refused = [str(reason) for reason in reasons if reason.is_failure]
+        if refused:
+            self._error = CredentialsError(
+                f"the broker {self._address.url} refused a subscription of {self._client_id!r}: {refused[0]}",
+                "the broker's access list must let this client read its topics",
+            )
+
+    # -- what went wrong ---------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        now = time.monotonic()
+        if not self.accepted and now - self._opened > _CONNECT_S:
+            raise NoAnswerError(f"{self._address.url} took the connection and does not answer")
+        oldest = next(iter(self._unacknowledged.values()), now)
+        if now - oldest > 3 * self._keepalive:
+            raise BrokerError(f"the broker {self._address.url} acknowledges no messages any more")
+
+    def _loss(self) -> EdgeError:
+        if self._error is not None:
+            return self._error
+        noted = getattr(self._socket, "noted", None)
+        if noted is not None:
+            return _tls_error(self._address, noted)
+        if not self.accepted:
+            return NoAnswerError(
+                f"{self._address.url} closed the connection without an answer",
+                "is it an MQTT broker, and is TLS (mqtts://) right for this port?",
+            )
+        return BrokerError(f"the connection to {self._address.url} was lost")
+
+    def _refusal(self, reason: ReasonCode) -> EdgeError:
+        url, value = self._address.url, reason.value
+        if value in _NOT_ALLOWED:
+            who = (
+                "without a user name" if self._address.username is None else f"as {self._address.username!r}"
+            )
+            return CredentialsError(
+                f"the broker {url} did not let {self._client_id!r} in {who}: {reason}",
+                "check broker.username and broker.password_file, or the device's certificate",
+            )
+        if value == _TAKEN_OVER:
+            return TakenOverError(
+                f"another client connected to {url} as {self._client_id!r}",
+                "two devices with one id? agent.id must be different on each",
+            )
+        if value == _UNSUPPORTED_VERSION:
+            return NoAnswerError(f"the broker {url} does not speak MQTT {'5' if self._version5 else '3.1.1'}")
+        if value == _BAD_CLIENT_ID:
+            return BrokerError(f"the broker {url} does not accept the client id {self._client_id!r}")
+        if value == _TOO_LARGE:
+            return ProtocolError(f"the broker {url} ended the connection over a message that is too large")
+        return BrokerError(f"the broker {url} ended the connection: {reason}")
+
+
+def _context(address: BrokerAddress) -> ssl.SSLContext:
+    try:
+        context = tls_context(address)
+    except (ssl.SSLError, OSError) as error:
+        raise ConfigError(
+            f"the files of broker.tls cannot be used: {error}",
+            "ca, cert and key must be in PEM form, the key without a passphrase and belonging to cert",
+        ) from error
+    context.sslsocket_class = _NotingSocket
+    return context
+
+
+def _connect_error(address: BrokerAddress, error: OSError) -> EdgeError:
+    if isinstance(error, ssl.SSLError):
+        return _tls_error(address, error)
+    if isinstance(error, socket.gaierror):
+        return BrokerError(f"the host of {address.url} is unknown: {error.strerror}", "check broker.url")
+    if isinstance(error, TimeoutError):
+        return BrokerError(
+            f"no answer from {address.url} in {_CONNECT_S:.0f} s", "check the network and the firewall"
+        )
+    if isinstance(error, ConnectionResetError) and address.tls:
+        return _no_tls(address)
+    return BrokerError(
+        f"no broker answers at {address.url}: {error.strerror or error}",
+        "is it running, and is the port right?",
+    )
+
+
+def _no_tls(address: BrokerAddress) -> EdgeError:
+    return BrokerError(
+        f"{address.url} does not speak TLS", "use the broker's TLS port, usually 8883, or mqtt:// on loopback"
+    )
+
+
+def _tls_error(address: BrokerAddress, error: ssl.SSLError) -> EdgeError:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        kind = NotYetValidError if error.verify_code == _NOT_YET_VALID else CredentialsError
+        return kind(f"the certificate of {address.url} was not accepted: {error.verify_message}", _CLOCK_HINT)
+    reason = error.reason or ""
+    if any(word in reason for word in ("CERTIFICATE", "UNKNOWN_CA", "ACCESS_DENIED", "DECRYPT_ERROR")):
+        return CredentialsError(
+            f"the broker {address.url} refused this device's certificate: {reason.lower().replace('_', ' ')}",
+            f"check broker.tls.cert and broker.tls.key; {_CLOCK_HINT}",
+        )
+    if isinstance(error, ssl.SSLEOFError) or reason in (
+        "WRONG_VERSION_NUMBER",
+        "HTTP_REQUEST",
+        "RECORD_LAYER_FAILURE",
+        "UNEXPECTED_EOF_WHILE_READING",
+    ):
+        return _no_tls(address)
+    return BrokerError(f"TLS with {address.url} failed: {reason or error}")
