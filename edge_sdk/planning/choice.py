@@ -159,7 +159,7 @@ def choose(
     """
     options = _options(candidates, fit, budgets, shape, lora, down_bytes)
     if not options:
-        return Infeasible("trainer", _unpredictable(candidates, fit))
+        return _unpredictable(candidates, fit)
     fitting = [o for o in options if not o.exceeds]
     if not fitting:
         return _infeasible(options, budgets)
@@ -205,7 +205,6 @@ def _options(
     down_bytes: int,
 ) -> list[_Option]:
     options = []
-    room = MEMORY_SAFETY * budgets.memory_mb
     for candidate in candidates:
         if not predictable(
             fit,
@@ -219,17 +218,22 @@ def _options(
         own, time = predict(
             candidate, fit=fit, budgets=budgets, shape=shape, lora=lora, down_bytes=down_bytes
         )
-        fits = fits_memory(own.peak_mb, budgets.memory_mb)
-        memory_use = own.peak_mb / room if room > 0 else float("inf")
         options.append(
             _Option(
                 own,
                 time,
-                memory_use=min(memory_use, 1.0) if fits else max(memory_use, 1.0 + 1e-9),
-                time_use=own.seconds / budgets.deadline_s if budgets.deadline_s else 0.0,
+                memory_use=_use(own.peak_mb, MEMORY_SAFETY * budgets.memory_mb),
+                time_use=_use(own.seconds, budgets.deadline_s),
             )
         )
     return options
+
+
+def _use(need: float, room: float | None) -> float:
+    """Share of a budget; above 1 exactly where it is exceeded."""
+    if room is None or need <= room:
+        return need / room if room else 0.0
+    return max(need / room, 1.0 + 1e-9) if room > 0 else float("inf")
 
 
 def _binding(excluded: Sequence[_Option]) -> tuple[Budget, _Option | None]:
@@ -271,10 +275,16 @@ def _infeasible(options: Sequence[_Option], budgets: Budgets) -> Infeasible:
     return Infeasible("memory", "even " + _explain(min(options, key=lambda o: o.candidate.peak_mb), budgets))
 
 
-def _unpredictable(candidates: Sequence[Candidate], fit: Fit) -> str:
+def _unpredictable(candidates: Sequence[Candidate], fit: Fit) -> Infeasible:
     asked = sorted({(c.micro_batch, c.max_length) for c in candidates})
-    return (
+    plain = any(p.quantized_layers == 0 for p in fit.probes)
+    if asked == [(fit.micro_batch, fit.max_length)] and not plain:
+        return Infeasible(
+            "memory", "plain layers did not fit when this device was probed, and nothing else is offered"
+        )
+    return Infeasible(
+        "trainer",
         f"the probes of this device (batch {fit.micro_batch}, length {fit.max_length}, "
         f"{len(fit.probes)} settings) say nothing about the candidates offered "
-        f"(batch and length {', '.join(f'{b} x {n}' for b, n in asked)})"
+        f"(batch and length {', '.join(f'{b} x {n}' for b, n in asked)})",
     )

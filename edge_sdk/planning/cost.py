@@ -77,7 +77,7 @@ class RoundTime:
 
 
 def link_s(size: int, bps: float | None) -> float:
-    """Seconds for ``size`` bytes; 0 where the rate is not known, since a guess would pass for a measurement."""
+    """Seconds for ``size`` bytes; 0 at an unknown rate, since a guess would pass for a measurement."""
     return 8.0 * size / bps if bps else 0.0
 
 

@@ -1,0 +1,85 @@
+"""A round's plan: who is offered what, what the round aims at, and when it closes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from aggregator.methods.base import Method
+from aggregator.planner.candidates import candidates_for
+from aggregator.planner.costs import Situation, Work, device_costs, layer_gains
+from edge_sdk.config.run import RunConfig
+from edge_sdk.protocol.spec import Candidate
+from edge_sdk.protocol.wire import Run, Status
+
+__all__ = ["ALLOWANCE_S", "SLACK", "RoundPlan", "plan_round"]
+
+SLACK = 1.2
+"""Deadline over target: what predictions may be off by."""
+
+ALLOWANCE_S = 60.0
+"""The least time between target and deadline: starting a trainer, reading data, reconnecting. Costs nothing
+while nobody is late, as a round closes with its last update."""
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """``target_s``: what predicted times must stay within; ``deadline_s``: when the round closes.
+
+    ``excluded``: devices that get no offer, and why: without a fit for this run there is nothing to predict.
+    """
+
+    deadline_s: float
+    target_s: float
+    candidates: dict[str, tuple[Candidate, ...]]
+    excluded: dict[str, str]
+
+
+def plan_round(
+    run: Run,
+    method: Method,
+    statuses: Sequence[Status],
+    *,
+    config: RunConfig,
+    utilities: Sequence[float] | None = None,
+    round: int = 1,
+    previous: Mapping[str, int] | None = None,
+) -> RoundPlan:
+    """The offers of a round, from what the devices last reported.
+
+    ``rounds.deadline_s``, where the operator fixed it, takes the sweep's place: target = deadline / SLACK.
+    Otherwise deadline = max(SLACK · target, target + ALLOWANCE_S).
+
+    Args:
+        utilities: of each layer, from the input up; None: uniform. See ``costs.layer_gains``.
+        previous: depth recommended to each device in the round before, for hysteresis.
+    """
+    work = Work.of(
+        run, steps=config.training.steps, activation_bits=method.activation_bits, codec=method.codec
+    )
+    fleet, excluded = [], {}
+    for status in sorted(statuses, key=lambda s: s.device):
+        try:
+            fleet.append(device_costs(status, work))
+        except ValueError as error:
+            excluded[status.device] = str(error)
+    fixed = config.rounds.deadline_s
+    situation = Situation(
+        layers=run.shape.layers,
+        gains=layer_gains(run.shape.layers, utilities),
+        activation_bits=method.activation_bits,
+        round=round,
+        target_s=None if fixed is None else fixed / SLACK,
+        previous=previous or {},
+    )
+    if not fleet:
+        deadline = ALLOWANCE_S if fixed is None else fixed
+        return RoundPlan(deadline, deadline / SLACK, {}, excluded)
+    allocated = method.allocation.allocate(fleet, situation)
+    candidates = {
+        costs.device: candidates_for(costs, method, situation, allocated.pairs.get(costs.device))
+        for costs in fleet
+    }
+    target = max(allocated.target_s, 1e-3)
+    deadline = max(SLACK * target, target + ALLOWANCE_S) if fixed is None else fixed
+    return RoundPlan(deadline, target, candidates, excluded)
