@@ -12,10 +12,11 @@ import msgspec
 
 from edge_sdk.protocol.base import Digest, Name, NotNegative, Positive, Record, Text
 
-__all__ = ["CONTAINER_FORMAT", "METADATA_KEY", "ContainerHeader", "ContainerKind", "Part"]
+__all__ = ["CONTAINER_FORMAT", "METADATA_KEY", "Bits", "ContainerHeader", "ContainerKind", "Part"]
 
 CONTAINER_FORMAT = 1
 METADATA_KEY = "edge"
+Bits = Literal[2, 4, 8, 16, 32]
 ContainerKind = Literal["update", "version", "residual", "error-adapter", "base-plan"]
 
 
@@ -33,7 +34,7 @@ class Part(Record, frozen=True, kw_only=True):
     rows: Positive
     width: Positive
     slots: tuple[NotNegative, ...] | None = None
-    bits: Literal[2, 4, 8, 16, 32]
+    bits: Bits
 
     @property
     def key(self) -> str:

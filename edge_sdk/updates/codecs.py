@@ -1,0 +1,91 @@
+"""Update codecs: how a part's float32 rows become bytes. One entry a codec; bits of a part may differ later.
+
+Rows are slots (rank-1 pairs) or rows of a dense part; int8 has one float32 scale a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_sdk.errors import ContainerError, MechanismError
+from edge_sdk.protocol.container import Bits
+
+__all__ = ["CODECS", "MECHANISMS", "Codec", "Encoded", "Floats", "codec_named", "encoded_bytes"]
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Stored values (rows, width) and, where the codec has them, float32 scales (rows,)."""
+
+    values: npt.NDArray[Any]
+    scales: Floats | None
+
+
+@dataclass(frozen=True)
+class Codec:
+    """``dtype`` is the stored one, by its safetensors name; ``encode`` takes finite float32 rows."""
+
+    name: str
+    bits: Bits
+    dtype: str
+    has_scales: bool
+    encode: Callable[[Floats], Encoded]
+    decode: Callable[[Encoded], Floats]
+
+
+def _encode_fp16(rows: Floats) -> Encoded:
+    limit = float(np.finfo(np.float16).max)
+    largest = float(np.abs(rows).max(initial=0.0))
+    if largest > limit:
+        # clipping would change the adapter without a word
+        raise ContainerError(
+            f"a value of {largest:.3g} does not fit 16 bits, which end at {limit:.0f}",
+            "training has diverged: lower the learning rates",
+        )
+    return Encoded(rows.astype(np.float16), None)
+
+
+def _encode_int8(rows: Floats) -> Encoded:
+    """Symmetric, nearest: x ~ q · scale, scale = max|x| / 127 of the row, q in -127..127."""
+    scales = (np.abs(rows).max(axis=1, initial=0.0) / np.float32(127.0)).astype(np.float32)
+    # an all-zero row, or one too small for float32 scales, keeps scale 0 and decodes to zero
+    divisors = np.where(scales > 0, scales, np.float32(1.0))
+    codes = np.rint(np.clip(rows / divisors[:, None], -127, 127))
+    return Encoded(np.where(scales[:, None] > 0, codes, 0).astype(np.int8), scales)
+
+
+def _decode_int8(encoded: Encoded) -> Floats:
+    assert encoded.scales is not None  # noqa: S101 - the container checked it
+    return encoded.values.astype(np.float32) * encoded.scales[:, None]
+
+
+CODECS = {
+    codec.name: codec
+    for codec in (
+        Codec("fp32", 32, "F32", False, lambda rows: Encoded(rows, None), lambda e: e.values),
+        Codec("fp16", 16, "F16", False, _encode_fp16, lambda e: e.values.astype(np.float32)),
+        Codec("int8", 8, "I8", True, _encode_int8, _decode_int8),
+    )
+}
+MECHANISMS: tuple[str, ...] = (*(f"codec:{name}" for name in CODECS), "error-feedback:on")
+
+
+def codec_named(name: str) -> Codec:
+    """Raises MechanismError for a codec that is not here."""
+    codec = CODECS.get(name)
+    if codec is None:
+        raise MechanismError(f"there is no update codec {name!r}", f"there are: {', '.join(CODECS)}")
+    return codec
+
+
+def encoded_bytes(rows: int, width: int, codec: str) -> int:
+    """Payload bytes of one part, without its share of the file's header."""
+    entry = codec_named(codec)
+    return rows * width * entry.bits // 8 + (4 * rows if entry.has_scales else 0)

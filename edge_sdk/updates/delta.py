@@ -1,0 +1,53 @@
+"""Updates: what changed since the received global adapter, quantized, with error feedback.
+
+delta = end - start + residual ;  send C(delta) ;  residual <- delta - C(delta)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from edge_sdk.errors import ContainerError
+from edge_sdk.updates.container import header_for, write_container
+from edge_sdk.updates.keys import Adapter
+
+__all__ = ["write_update"]
+
+
+def write_update(
+    path: Path,
+    *,
+    run: str,
+    round: int,
+    fingerprint: str,
+    builds_on: int,
+    start: Adapter,
+    end: Adapter,
+    keys: Iterable[str],
+    codec: str,
+    residual: Adapter | None,
+) -> Adapter | None:
+    """Writes the update of ``keys``; returns the new residual, None where error feedback is off.
+
+    ``residual``: that of the last update, {} for a first one, None without error feedback. What it holds
+    for keys not in ``keys`` is dropped: a part that was not trained has no error to make up for.
+    """
+    chosen = list(keys)
+    delta: Adapter = {}
+    for key in chosen:
+        if key not in start or key not in end:
+            raise ContainerError(f"{key!r} is no part of this adapter")
+        delta[key] = end[key] - start[key]
+        if residual is not None and key in residual:
+            delta[key] = delta[key] + residual[key]
+    header = header_for(
+        "update", delta, codec,
+        run=run, round=round, fingerprint=fingerprint, builds_on=builds_on,
+    )  # fmt: skip
+    decoded = write_container(path, header, delta)
+    if residual is None:
+        return None
+    return {key: np.subtract(delta[key], decoded[key], dtype=np.float32) for key in chosen}

@@ -1,0 +1,123 @@
+"""A version as a PEFT adapter: a folder that ``PeftModel.from_pretrained`` loads on the base model.
+
+Every layer carries LoRA, those never trained with B zero, so that the folder is regular whatever depths
+the devices had.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from edge_sdk.protocol.model import LoraShape, ModelShape
+from edge_sdk.updates.codecs import Floats
+from edge_sdk.updates.keys import Adapter, lora_keys
+
+__all__ = ["write_peft"]
+
+
+def write_peft(
+    folder: Path,
+    adapter: Adapter,
+    *,
+    shape: ModelShape,
+    lora: LoraShape,
+    base: str,
+    labels: tuple[str, ...],
+    card: str = "",
+) -> Path:
+    """Writes config, weights and a model card; replaces an older folder at once. Returns ``folder``.
+
+    ``card``: what to tell of the run, Markdown, below the card's own lines.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        save_file(_tensors(adapter, shape), building / "adapter_model.safetensors", metadata={"format": "pt"})
+        config = json.dumps(_config(shape, lora, base), indent=2, sort_keys=True)
+        (building / "adapter_config.json").write_text(config + "\n")
+        (building / "labels.json").write_text(json.dumps(list(labels), indent=2) + "\n")
+        (building / "README.md").write_text(_card(lora, base, labels, card))
+        building.chmod(0o755)
+        if folder.exists():
+            old = building.with_name(building.name + ".old")
+            folder.replace(old)
+            building.replace(folder)
+            shutil.rmtree(old)
+        else:
+            building.replace(folder)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+    return folder
+
+
+def _tensors(adapter: Adapter, shape: ModelShape) -> dict[str, Floats]:
+    tensors: dict[str, Floats] = {}
+    for layer in range(shape.layers):
+        for key in lora_keys(shape, layer):
+            module, _, factor = key.split(".", 1)[1].rpartition(".")
+            rows = adapter[key] if factor == "A" else adapter[key].T
+            name = f"base_model.model.{shape.layer_path}.{layer}.{module}.lora_{factor}.weight"
+            tensors[name] = np.ascontiguousarray(rows)
+    for part in shape.dense:
+        tensors[f"base_model.model.{part.name}"] = np.ascontiguousarray(
+            adapter[f"dense.{part.name}"].reshape(part.shape)
+        )
+    return tensors
+
+
+def _config(shape: ModelShape, lora: LoraShape, base: str) -> dict[str, object]:
+    modules = "|".join(re.escape(module.name) for module in shape.modules)
+    return {
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS",
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        # a pattern over whole paths: a name alone would hit the pooler's dense layer too
+        "target_modules": rf".*{re.escape(shape.layer_path)}\.\d+\.({modules})",
+        "modules_to_save": _saved_modules(shape),
+    }
+
+
+def _saved_modules(shape: ModelShape) -> list[str]:
+    """Modules that hold dense parts, by the shortest path that holds no frozen weight."""
+    heads = {part.name.split(".")[0] for part in shape.dense}
+    base = shape.layer_path.split(".")[0]
+    inner = {part.name.rsplit(".", 1)[0] for part in shape.dense if part.name.split(".")[0] == base}
+    return sorted((heads - {base}) | inner)
+
+
+def _card(lora: LoraShape, base: str, labels: tuple[str, ...], more: str) -> str:
+    lines = [
+        "---",
+        "library_name: peft",
+        "---",
+        "",
+        "# LoRA adapter, trained by a fleet of devices",
+        "",
+        f"- Base model: `{base}`",
+        f"- Task: sequence classification, {len(labels)} labels, in order: {', '.join(labels)}",
+        f"- LoRA: rank {lora.rank}, alpha {lora.alpha:g}, scaling alpha / rank; the task head is included",
+        "",
+        "```python",
+        "from peft import PeftModel",
+        "from transformers import AutoModelForSequenceClassification",
+        "",
+        f'base = AutoModelForSequenceClassification.from_pretrained("{base}", num_labels={len(labels)})',
+        'model = PeftModel.from_pretrained(base, "path/of/this/folder")',
+        "```",
+        "",
+    ]
+    return "\n".join(lines) + (f"\n{more.strip()}\n" if more.strip() else "")
