@@ -1,0 +1,226 @@
+"""Taking updates in: announce judged, bytes received, content judged, stored, and only then receipted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from aggregator.fleet import Fleet
+from aggregator.rounds import DONE, Rounds
+from aggregator.state.base import ParticipationRow, Store
+from aggregator.transfers import Upload, Uploads
+from aggregator.validation import Claim, check_announce, check_origin, refuse
+from edge_sdk.errors import ContainerError, StateError
+from edge_sdk.protocol.base import Record
+from edge_sdk.protocol.frames import Chunk
+from edge_sdk.protocol.wire import Announce, Offer, Receipt, Refusal, Run
+from edge_sdk.transport.objects import ObjectStore
+
+__all__ = ["Intake"]
+
+_CORRUPT_TRIES = 3
+"""An update whose bytes are not those of its name is sent again so often; then the device drops it."""
+
+
+class Intake:
+    """From an announce to a receipt or a refusal.
+
+    Args:
+        check: judges a complete container; gives a Refusal, or None.
+        send: hands a record to a device.
+        emit: tells what happened.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        store: Store,
+        objects: ObjectStore,
+        uploads: Uploads,
+        rounds: Rounds,
+        fleet: Fleet,
+        *,
+        limit_bytes: int,
+        window: int,
+        check: Callable[[Path, Announce], Refusal | None],
+        send: Callable[[str, Record], bool],
+        emit: Callable[..., None],
+    ) -> None:
+        self._run = run
+        self._store = store
+        self._objects = objects
+        self._uploads = uploads
+        self._rounds = rounds
+        self._fleet = fleet
+        self._limit_bytes = limit_bytes
+        self._window = window
+        self._check = check
+        self._send = send
+        self._emit = emit
+        self._corrupt: Counter[tuple[str, str]] = Counter()
+
+    def recover(self) -> None:
+        """After a start: what lies complete is taken in, what nobody waits for is removed.
+
+        Raises StateError where something that was accepted is gone.
+        """
+        waited_for = set()
+        for row in self._rounds.present():
+            if row.state != "sending" or row.announce is None or row.object is None:
+                continue
+            waited_for.add(row.device)
+            if self._objects.has(row.object):
+                # The crash came between the object and its row.
+                announce = msgspec.json.decode(row.announce, type=Announce)
+                self._judge(announce, self._objects.path(row.object), 0, None)
+        self._uploads.keep_only(waited_for if self._rounds.row.state == "open" else set())
+        self._objects.sweep(self._store.objects())
+
+    def on_announce(self, announce: Announce, device: str, now: float) -> None:
+        """A device has an update for us, or asks how far its transfer is."""
+        refusal = check_origin(announce, device, self._run)
+        if refusal is not None:
+            self._refuse(refusal)
+            return
+        row = self._rounds.participation(announce.round, device)
+        if row is not None and self._answer_again(row, announce):
+            return
+        refusal = check_announce(announce, self._claim(row, announce))
+        if refusal is not None:
+            self._uploads.forget(device)
+            self._rounds.on_refused(announce, refusal)
+            self._refuse(refusal)
+            return
+        upload = self._uploads[device]
+        if upload is None or upload.announce.object != announce.object:
+            self._emit("upload.started", device=device, round=announce.round, bytes=announce.bytes)
+        try:
+            self._uploads.begin(announce, self._window, now)
+        except StateError as error:
+            self._refuse(refuse(announce, "storage", error.message, error.hint))
+            return
+        self._rounds.on_sending(announce)
+
+    def on_chunk(self, device: str, chunk: Chunk) -> bool:
+        """False where the chunk belongs to no upload under way. Raises ProtocolError."""
+        try:
+            return self._uploads.on_chunk(device, chunk)
+        except StateError as error:
+            upload = self._uploads[device]
+            if upload is not None:
+                self._refuse(refuse(upload.announce, "storage", error.message, error.hint))
+            return True
+
+    def settle(self, now: float) -> None:
+        """Takes in what is complete, and tells the others how far they are."""
+        for upload in self._uploads.complete():
+            self._finish(upload, now)
+        self._uploads.tell()
+
+    def on_missed(self, devices: list[str]) -> None:
+        """The round closed without these: who is still sending need not go on."""
+        for device in devices:
+            upload = self._uploads[device]
+            if upload is not None:
+                late = Claim(self._offer(upload.announce), True, self._limit_bytes, None)
+                refusal = check_announce(upload.announce, late)
+                if refusal is not None:
+                    self._refuse(refusal)
+            self._uploads.forget(device)
+
+    def _answer_again(self, row: ParticipationRow, announce: Announce) -> bool:
+        """Says once more what was decided about this device's update; True where there was a decision."""
+        if row.state == "received" and row.receipt is not None:
+            if row.object == announce.object:
+                self._send(row.device, msgspec.json.decode(row.receipt, type=Receipt))
+            else:
+                self._refuse(
+                    refuse(
+                        announce,
+                        "duplicate",
+                        f"another update of round {announce.round} counts already for this device",
+                        "it is dropped: what it learned from the same rows is in the other one",
+                    )
+                )
+            return True
+        if row.state == "refused" and row.object == announce.object and row.refusal is not None:
+            self._send(row.device, msgspec.json.decode(row.refusal, type=Refusal))
+            return True
+        return False
+
+    def _claim(self, row: ParticipationRow | None, announce: Announce) -> Claim:
+        present = self._rounds.row
+        is_open = present.state == "open" and present.number == announce.round
+        return Claim(
+            offer=None if row is None else msgspec.json.decode(row.offer, type=Offer),
+            late=not is_open or (row is not None and row.state in DONE),
+            limit_bytes=self._limit_bytes,
+            status=self._fleet[announce.device].status,
+        )
+
+    def _offer(self, announce: Announce) -> Offer | None:
+        row = self._rounds.participation(announce.round, announce.device)
+        return None if row is None else msgspec.json.decode(row.offer, type=Offer)
+
+    def _finish(self, upload: Upload, now: float) -> None:
+        announce = upload.announce
+        try:
+            path = self._uploads.finish(upload)
+        except ContainerError as error:
+            key = announce.device, announce.object
+            self._corrupt[key] += 1
+            refusal = refuse(announce, "corrupt", error.message, error.hint)
+            if self._corrupt[key] >= _CORRUPT_TRIES:
+                self._rounds.on_refused(announce, refusal)
+            self._refuse(refusal)
+            return
+        self._judge(announce, path, upload.receiver.duplicate_bytes, now - upload.began)
+
+    def _judge(self, announce: Announce, path: Path, duplicate_bytes: int, upload_s: float | None) -> None:
+        """The object is durable, and nobody was told: it is stored and receipted, or refused and removed."""
+        row = self._rounds.participation(announce.round, announce.device)
+        refusal = check_announce(announce, self._claim(row, announce)) or self._check(path, announce)
+        if refusal is not None:
+            self._rounds.on_refused(announce, refusal)
+            if announce.object not in self._store.objects():
+                self._objects.remove(announce.object)
+            self._refuse(refusal)
+            return
+        receipt = self._rounds.on_received(announce, duplicate_bytes, upload_s)
+        self._send(announce.device, receipt)
+        self._emit(
+            "update.received",
+            device=announce.device,
+            round=announce.round,
+            bytes=announce.bytes,
+            duplicate_bytes=duplicate_bytes,
+            samples=announce.samples,
+            upload_s=upload_s,
+            **_measured(announce),
+        )
+
+    def _refuse(self, refusal: Refusal) -> None:
+        self._send(refusal.device, refusal)
+        self._emit(
+            "update.refused",
+            device=refusal.device,
+            round=refusal.round,
+            reason=refusal.reason,
+            message=refusal.message,
+        )
+
+
+def _measured(announce: Announce) -> dict[str, Any]:
+    measured, candidate = announce.measured, announce.candidate
+    return {
+        "depth": candidate.depth,
+        "quantized_layers": candidate.quantized_layers,
+        "predicted_peak_mb": candidate.peak_mb,
+        "measured_peak_mb": measured.peak_mb,
+        "train_s": measured.train_s,
+        "loss_last": measured.loss_last,
+    }

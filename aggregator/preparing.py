@@ -1,0 +1,106 @@
+"""What a run is: its record, made once from the config and the base model, and held to afterwards."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from aggregator.methods.base import Method
+from aggregator.state.base import RunRow
+from edge_sdk.config.run import RunConfig
+from edge_sdk.data.base_files import find_base, fingerprint_of
+from edge_sdk.errors import BaseModelError, FingerprintError, StateError
+from edge_sdk.protocol.model import Fingerprint, LoraShape, ModelShape
+from edge_sdk.protocol.wire import Run
+
+__all__ = ["check_same", "make_run", "mathematics", "run_fingerprint"]
+
+_RUN_KEYS = ("method", "task", "labels", "template", "seed")
+
+
+def mathematics(config: RunConfig) -> dict[str, Any]:
+    """The config's keys that change what the run computes, by dotted name. The base is not among them:
+    where it lies may change, what it is may not, and the fingerprint tells."""
+    sections = {"lora": config.lora, "training": config.training}
+    values = {f"run.{key}": getattr(config.run, key) for key in _RUN_KEYS}
+    for name, section in sections.items():
+        values |= {f"{name}.{key}": value for key, value in msgspec.structs.asdict(section).items()}
+    plain: dict[str, Any] = msgspec.to_builtins(values)
+    return plain
+
+
+def run_fingerprint(config: RunConfig, base: Path, cache: Path) -> Fingerprint:
+    """Raises BaseModelError."""
+    return fingerprint_of(
+        base,
+        labels=config.run.labels,
+        task=config.run.task,
+        max_length=config.training.max_length,
+        template=config.run.template,
+        lora=_lora(config),
+        cache=cache,
+    )
+
+
+def make_run(config: RunConfig, method: Method, shape: ModelShape, fingerprint: Fingerprint) -> Run:
+    """The record of a new run. Its nonce tells it from every other one, also of the same name."""
+    return Run(
+        run=config.run.name,
+        nonce=uuid.uuid4().hex,
+        task=config.run.task,
+        base=config.base.path,
+        labels=config.run.labels,
+        template=config.run.template,
+        max_length=config.training.max_length,
+        micro_batch=config.training.batch,
+        lora=_lora(config),
+        spec=method.spec(config),
+        shape=shape,
+        fingerprint=fingerprint,
+    )
+
+
+def check_same(row: RunRow, config: RunConfig, cache: Path) -> Path:
+    """Whether the stored run and the config are one; returns the folder of the base.
+
+    Raises:
+        StateError: keys that change the mathematics differ; all are named.
+        FingerprintError: the base is not the one that the run began with.
+        BaseModelError: there is no base any more.
+    """
+    before, now = msgspec.json.decode(row.mathematics), mathematics(config)
+    changed = list(_differing(before, now))
+    if changed:
+        raise StateError(
+            f"run {row.run!r} began with other values: {'; '.join(changed)}",
+            "set them back, or begin another run: give it another run.name or run.state_dir",
+        )
+    try:
+        base = find_base(config.base.path)
+    except BaseModelError:
+        # A hub id may have been fetched to a place of its own when the run began.
+        if not Path(row.base_folder).is_dir():
+            raise
+        base = Path(row.base_folder)
+    run = msgspec.json.decode(row.record, type=Run)
+    parts = run.fingerprint.differing(run_fingerprint(config, base, cache))
+    if parts:
+        raise FingerprintError(
+            f"run {row.run!r} began with another {', '.join(parts)} than {base} has",
+            "set base.path to the model that the run began with, or begin another run",
+        )
+    return base
+
+
+def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    for key in sorted({*before, *now}):
+        if before.get(key) != now.get(key):
+            yield f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
+
+
+def _lora(config: RunConfig) -> LoraShape:
+    return LoraShape(rank=config.lora.rank, alpha=config.lora.alpha, targets=config.lora.targets)

@@ -1,0 +1,236 @@
+"""What the server must not lose, as rows, and the interface of the store that keeps them.
+
+Rows are plain values; records of the wire lie in them as JSON text, exactly as they were sent or received.
+Adapters and updates lie beside the store as objects, and a row names them by digest: an object is durable
+before the row that names it is written, and the row before anybody is told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from edge_sdk.protocol.wire import VersionRef
+
+__all__ = [
+    "DeviceRow",
+    "LedgerRow",
+    "Outcome",
+    "ParticipationRow",
+    "ParticipationState",
+    "RoundRow",
+    "RoundState",
+    "RunRow",
+    "Store",
+    "VersionRow",
+]
+
+RoundState = Literal["waiting", "open", "merging", "evaluating", "closed"]
+Outcome = Literal["merged", "empty"]
+ParticipationState = Literal["offered", "chosen", "sending", "received", "declined", "refused", "missed"]
+
+
+@dataclass(frozen=True)
+class RunRow:
+    """A run. ``mathematics`` is JSON of the config's keys that change results; ``record`` the Run as sent."""
+
+    run: str
+    method: str
+    mathematics: str
+    record: str
+    base_folder: str
+    fingerprint: str
+    rounds: int
+    finished: bool
+    created_at: float
+
+
+@dataclass(frozen=True)
+class VersionRow:
+    """A version of the global adapter, and how well it does on the server's held-out data."""
+
+    run: str
+    number: int
+    round: int
+    """The round that made it; 0: the initial adapter."""
+    object: str
+    bytes: int
+    parent: int | None
+    branch: str
+    created_at: float
+    accuracy: float | None = None
+    loss: float | None = None
+    examples: int | None = None
+    evaluation_error: str | None = None
+
+    @property
+    def ref(self) -> VersionRef:
+        """As devices learn of it."""
+        return VersionRef(
+            number=self.number, object=self.object, bytes=self.bytes, parent=self.parent, branch=self.branch
+        )
+
+
+@dataclass(frozen=True)
+class RoundRow:
+    """A round. Durations are seconds of the server's up-time; ``*_at`` are wall times, for people.
+
+    Round 0 makes and evaluates version 0. ``open_s`` is what counts against ``deadline_s``: while the
+    server is down it stands still.
+    """
+
+    run: str
+    number: int
+    state: RoundState
+    builds_on: int | None = None
+    version: int | None = None
+    """What the round led to: a new version, or, where nobody delivered, the one it built on."""
+    outcome: Outcome | None = None
+    deadline_s: float | None = None
+    wait_s: float = 0.0
+    open_s: float = 0.0
+    merge_s: float = 0.0
+    evaluation_s: float = 0.0
+    """What the trainer spent on evaluating, by its own clock."""
+    slowest_train_s: float | None = None
+    """The longest training of the round, as measured by its device."""
+    shaped_upload_s: float | None = None
+    """``shaped_s`` of the device that ``critical_s`` is of."""
+    critical_s: float | None = None
+    """Largest sum of one device's training and shaped upload: what the round could not do without."""
+    opened_at: float | None = None
+    closed_at: float | None = None
+    merged_at: float | None = None
+    evaluated_at: float | None = None
+
+    @property
+    def overhead_s(self) -> float | None:
+        """What the round cost beyond training, shaped upload and evaluation; None before its merge."""
+        if self.critical_s is None:
+            return None
+        return max(0.0, self.open_s + self.merge_s - self.critical_s)
+
+
+@dataclass(frozen=True)
+class ParticipationRow:
+    """One device in one round: there is one at most, and it counts once at most."""
+
+    run: str
+    round: int
+    device: str
+    state: ParticipationState
+    offer: str
+    offered_at: float
+    choice: str | None = None
+    decline: str | None = None
+    announce: str | None = None
+    object: str | None = None
+    bytes: int | None = None
+    samples: int | None = None
+    train_s: float | None = None
+    upload_s: float | None = None
+    """From the announce that began the upload to the update being durable, outages of the server left out."""
+    shaped_s: float | None = None
+    """The least seconds that the upload could take on the device's limited link; 0: it is not limited."""
+    duplicate_bytes: int = 0
+    refusal: str | None = None
+    receipt: str | None = None
+    received_at: float | None = None
+
+
+@dataclass(frozen=True)
+class DeviceRow:
+    """A device as it last was. ``status`` is its last Status as JSON; link figures are moving averages."""
+
+    run: str
+    device: str
+    session: int = 0
+    online: bool = False
+    status: str | None = None
+    refusal: str | None = None
+    up_bps: float | None = None
+    down_bps: float | None = None
+    seen_at: float = 0.0
+
+
+@dataclass(frozen=True)
+class LedgerRow:
+    """What travelled between the server and one device, in payload bytes of chunks. Sums over the run."""
+
+    run: str
+    device: str
+    bytes_up: int = 0
+    chunks_up: int = 0
+    duplicate_bytes: int = 0
+    bytes_down: int = 0
+    chunks_down: int = 0
+    foreign: int = 0
+    """Messages that were no use: garbage, chunks of no transfer, records out of place."""
+
+
+class Store(Protocol):
+    """One writer. Every method is a transaction of its own, or part of the ``transaction`` around it.
+
+    What a method wrote is durable when the outermost transaction ends. Raises StateError where the store
+    cannot be read or written.
+    """
+
+    def transaction(self) -> AbstractContextManager[None]: ...
+
+    def run(self, run: str) -> RunRow | None: ...
+
+    def runs(self) -> Sequence[RunRow]: ...
+
+    def add_run(self, row: RunRow) -> None: ...
+
+    def set_run(self, run: str, **values: Any) -> None: ...
+
+    def add_version(self, row: VersionRow) -> None: ...
+
+    def set_version(self, run: str, number: int, **values: Any) -> None: ...
+
+    def version(self, run: str, number: int) -> VersionRow | None: ...
+
+    def versions(self, run: str) -> Sequence[VersionRow]:
+        """In the order of their numbers."""
+        ...
+
+    def add_round(self, row: RoundRow) -> None: ...
+
+    def set_round(self, run: str, number: int, **values: Any) -> None: ...
+
+    def last_round(self, run: str) -> RoundRow | None: ...
+
+    def rounds(self, run: str) -> Sequence[RoundRow]: ...
+
+    def add_participation(self, row: ParticipationRow) -> None:
+        """Raises StateError where the device takes part in the round already."""
+        ...
+
+    def set_participation(self, run: str, round: int, device: str, **values: Any) -> None: ...
+
+    def participation(self, run: str, round: int, device: str) -> ParticipationRow | None: ...
+
+    def participations(self, run: str, round: int | None = None) -> Sequence[ParticipationRow]:
+        """Ordered by round and device."""
+        ...
+
+    def put_device(self, row: DeviceRow) -> None:
+        """Adds or replaces."""
+        ...
+
+    def devices(self, run: str) -> Sequence[DeviceRow]: ...
+
+    def count(self, run: str, device: str, counts: Mapping[str, int]) -> None:
+        """Adds to the device's ledger."""
+        ...
+
+    def ledger(self, run: str) -> Sequence[LedgerRow]: ...
+
+    def objects(self) -> set[str]:
+        """Digests of what must be kept: all versions, and the updates of rounds that are not closed."""
+        ...
+
+    def close(self) -> None: ...

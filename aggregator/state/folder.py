@@ -1,0 +1,72 @@
+"""The server's state folder: where things lie in it, who holds it, and what a crash may have left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from aggregator.state.base import Store
+from edge_sdk.agent.lock import FolderLock, holder
+from edge_sdk.errors import MissingExtraError, StateError
+from edge_sdk.transport.objects import ObjectStore
+
+__all__ = ["StateFolder", "check_objects", "open_store"]
+
+
+class StateFolder:
+    """Paths below ``run.state_dir``. Nothing is made before ``lock``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.database = path / "server.sqlite"
+        self.objects = path / "objects"
+        self.partials = path / "partials"
+        self.work = path / "work"
+        self.trainer = path / "trainer"
+        self.broker = path / "broker"
+        self.broker_file = path / "broker.json"
+        self._lock: FolderLock | None = None
+
+    def lock(self) -> None:
+        """Takes the folder for this process. Raises StateError where another one has it."""
+        try:
+            self._lock = FolderLock(self.path)
+        except StateError as error:
+            raise StateError(
+                error.message, "stop that process, or set another run.state_dir in run.toml"
+            ) from error
+        for folder in (self.objects, self.partials, self.work):
+            folder.mkdir(exist_ok=True)
+
+    def release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def holder(self) -> int | None:
+        """The process that works in the folder; None: none does."""
+        return holder(self.path)
+
+
+def open_store(folder: StateFolder, *, read_only: bool = False) -> Store:
+    """The store of a state folder. Raises MissingExtraError without SQLAlchemy, StateError for no state."""
+    try:
+        from aggregator.state.sql import SqlStore, sqlite_url
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            f"the aggregator needs {error.name}, which is not installed", "pip install 'edge-sdk[server]'"
+        ) from error
+    if read_only and not folder.database.is_file():
+        raise StateError(
+            f"there is no run in {folder.path} yet", "start it with `edge-aggregator run --config run.toml`"
+        )
+    return SqlStore(sqlite_url(folder.database), read_only=read_only)
+
+
+def check_objects(store: Store, objects: ObjectStore) -> None:
+    """Raises StateError where a row names an object that is gone: what was accepted would be lost."""
+    missing = sorted(digest for digest in store.objects() if not objects.has(digest))
+    if missing:
+        raise StateError(
+            f"{len(missing)} accepted objects are missing in {objects.folder}, {missing[0][:12]} the first",
+            "restore the folder from a backup; an aggregator never goes on without what it accepted",
+        )
