@@ -1,0 +1,154 @@
+"""Deltas, error feedback, what is owed, version chains."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from updates_fakes import FINGERPRINT, LORA, SHAPE, moved
+
+from edge_sdk.errors import ContainerError
+from edge_sdk.planning.cost import update_bytes, version_bytes
+from edge_sdk.updates.container import read_container
+from edge_sdk.updates.delta import write_update
+from edge_sdk.updates.initial import initial_adapter
+from edge_sdk.updates.keys import all_keys, tuned_keys
+from edge_sdk.updates.residual import add_owed, read_residual, write_residual
+from edge_sdk.updates.versions import read_adapter, write_version
+
+
+def update(path, start, end, keys, *, codec="int8", residual=None, round=1):
+    return write_update(
+        path,
+        run="r",
+        round=round,
+        fingerprint=FINGERPRINT,
+        builds_on=round - 1,
+        start=start,
+        end=end,
+        keys=keys,
+        codec=codec,
+        residual=residual,
+    )
+
+
+def decoded(path):
+    with read_container(path, "update") as container:
+        return {key: container.tensor(key) for key in container.parts}
+
+
+def test_update_and_residual_add_up_to_the_change(tmp_path):
+    start = initial_adapter(SHAPE, LORA, 0)
+    keys = tuned_keys(SHAPE, 2)
+    end = moved(start, keys, seed=1)
+    residual = update(tmp_path / "u", start, end, keys, residual={})
+    sent = decoded(tmp_path / "u")
+    assert sent.keys() == set(keys) == residual.keys()
+    for key in keys:
+        np.testing.assert_allclose(sent[key] + residual[key], end[key] - start[key], atol=1e-8)
+        assert np.abs(residual[key]).max() > 0
+
+
+def test_without_error_feedback_there_is_no_residual(tmp_path):
+    start = initial_adapter(SHAPE, LORA, 0)
+    keys = tuned_keys(SHAPE, 1)
+    assert update(tmp_path / "u", start, moved(start, keys, 1), keys, codec="fp32", residual=None) is None
+
+
+def test_a_residual_joins_the_next_update_and_is_dropped_where_nothing_was_trained(tmp_path):
+    start = initial_adapter(SHAPE, LORA, 0)
+    deep, shallow = tuned_keys(SHAPE, 3), tuned_keys(SHAPE, 1)
+    first = update(tmp_path / "a", start, moved(start, deep, 1), deep, residual={})
+    second = update(tmp_path / "b", start, start, shallow, residual=first, round=2)
+    sent = decoded(tmp_path / "b")
+    assert second.keys() == set(shallow)
+    for key in shallow:
+        np.testing.assert_allclose(sent[key] + second[key], first[key], atol=1e-9)
+
+
+def test_error_feedback_stays_bounded_and_reaches_the_optimum_of_a_quadratic(tmp_path):
+    target = np.random.default_rng(0).normal(size=(4, 64)).astype(np.float32)
+    here = {"dense.w": np.zeros_like(target)}
+    residual: dict[str, np.ndarray] = {}
+    largest = 0.0
+    for round in range(1, 201):
+        end = {"dense.w": here["dense.w"] + 0.1 * (target - here["dense.w"])}
+        residual = update(tmp_path / "u", here, end, ["dense.w"], residual=residual, round=round)
+        here = {"dense.w": here["dense.w"] + decoded(tmp_path / "u")["dense.w"]}
+        largest = max(largest, float(np.abs(residual["dense.w"]).max()))
+    assert np.abs(here["dense.w"] - target).max() < 1e-4
+    assert largest < 0.01 * np.abs(target).max()
+
+
+def test_residuals_survive_the_disk_exactly(tmp_path):
+    start = initial_adapter(SHAPE, LORA, 0)
+    keys = tuned_keys(SHAPE, 2)
+    residual = update(tmp_path / "u", start, moved(start, keys, 1), keys, residual={})
+    write_residual(tmp_path / "r", run="r", round=1, fingerprint=FINGERPRINT, residual=residual)
+    back = read_residual(tmp_path / "r")
+    assert back.keys() == residual.keys()
+    for key, rows in residual.items():
+        np.testing.assert_array_equal(back[key], rows)
+
+
+def test_what_is_owed_joins_the_residual_whole(tmp_path):
+    start = initial_adapter(SHAPE, LORA, 0)
+    keys = tuned_keys(SHAPE, 1)
+    residual = update(tmp_path / "u", start, moved(start, keys, 1), keys, residual={})
+    owed = add_owed(residual, [tmp_path / "u"])
+    sent = decoded(tmp_path / "u")
+    for key in keys:
+        np.testing.assert_array_equal(owed[key], residual[key] + sent[key])
+    assert add_owed({}, [tmp_path / "u"]).keys() == set(keys)
+
+
+def test_an_update_names_only_parts_of_the_adapter(tmp_path):
+    start = initial_adapter(SHAPE, LORA, 0)
+    with pytest.raises(ContainerError, match="no part of this adapter"):
+        update(tmp_path / "u", start, start, ["9.output.dense.A"], residual={})
+
+
+def version(path, number, adapter, parent=None):
+    return write_version(
+        path, run="r", round=number, number=number, fingerprint=FINGERPRINT, adapter=adapter, parent=parent,
+        codec="fp16" if parent is None else "int8",
+    )  # fmt: skip
+
+
+def test_every_holder_of_a_version_has_the_writers_bits(tmp_path):
+    first = initial_adapter(SHAPE, LORA, 0)
+    v0 = version(tmp_path / "0", 0, first)
+    v1 = version(tmp_path / "1", 1, moved(v0, all_keys(SHAPE), 1), parent=(0, v0))
+    v2 = version(tmp_path / "2", 2, moved(v1, all_keys(SHAPE), 2), parent=(1, v1))
+    read = read_adapter([tmp_path / "0", tmp_path / "1", tmp_path / "2"])
+    for key, rows in v2.items():
+        np.testing.assert_array_equal(read[key], rows)
+    np.testing.assert_array_equal(
+        read_adapter([tmp_path / "0"])["dense.classifier.weight"], v0["dense.classifier.weight"]
+    )
+
+
+def test_broken_chains_are_refused(tmp_path):
+    v0 = version(tmp_path / "0", 0, initial_adapter(SHAPE, LORA, 0))
+    v1 = version(tmp_path / "1", 1, v0, parent=(0, v0))
+    version(tmp_path / "2", 2, v1, parent=(1, v1))
+    with pytest.raises(ContainerError, match="builds on version 1, the chain has reached 0"):
+        read_adapter([tmp_path / "0", tmp_path / "2"])
+    with pytest.raises(ContainerError, match="builds on version 0"):
+        read_adapter([tmp_path / "1"])
+    with pytest.raises(ContainerError, match="no versions"):
+        read_adapter([])
+
+
+@pytest.mark.parametrize("codec", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_predicted_bytes_are_those_of_the_file(tmp_path, codec, depth):
+    start = initial_adapter(SHAPE, LORA, 0)
+    update(tmp_path / "u", start, start, tuned_keys(SHAPE, depth), codec=codec)
+    real = (tmp_path / "u").stat().st_size
+    assert abs(update_bytes(SHAPE, LORA, depth, codec) - real) <= max(0.02 * real, 64)
+
+
+def test_predicted_bytes_of_a_version_are_those_of_the_file(tmp_path):
+    version(tmp_path / "0", 0, initial_adapter(SHAPE, LORA, 0))
+    real = (tmp_path / "0").stat().st_size
+    assert abs(version_bytes(SHAPE, LORA) - real) <= max(0.02 * real, 64)
