@@ -82,7 +82,7 @@ def non_negative_least_squares(rows: Sequence[Sequence[float]], values: Sequence
     unknowns = len(rows[0])
     best = (0.0,) * unknowns
     best_loss = _loss(rows, values, best)
-    slack = 1e-12 * (1.0 + sum(v * v for v in values))
+    slack = 1e-12 * sum(v * v for v in values)  # rounding must not bring in another unknown
     for size in range(1, unknowns + 1):
         for support in combinations(range(unknowns), size):
             solved = _least_squares([[row[i] for i in support] for row in rows], values)
