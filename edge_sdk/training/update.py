@@ -76,10 +76,9 @@ def write_results(request: Train, start: Start, model: TunableModel) -> Files:
     path = folder / "residual.safetensors"
     write_residual(
         path,
-        residual,
+        residual=residual,
         run=request.run,
         round=request.round,
         fingerprint=request.fingerprint,
-        builds_on=start.version,
     )
     return Files(update, path)
