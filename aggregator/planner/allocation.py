@@ -65,7 +65,6 @@ class GreedyDepth:
         coverage: how many devices shall train each layer (m); None: by the fleet's size.
         omega: weight of waiting against gain per second.
         server_s: what a round costs besides the devices: merge, version, evaluation.
-        overhead: quantized steps may take this share longer than plain ones (phi).
         hysteresis: depths change only for a J better by this share.
         depths: how many of them an offer holds at most.
     """
@@ -74,12 +73,11 @@ class GreedyDepth:
     coverage: int | None = None
     omega: float = 0.1
     server_s: float = 2.0
-    overhead: float = 0.5
     hysteresis: float = 0.02
     depths: int = 4
 
     def allocate(self, fleet: Sequence[DeviceCosts], situation: Situation) -> Allocated:
-        frontiers = {costs.device: frontier(costs, overhead=self.overhead) for costs in fleet}
+        frontiers = {costs.device: frontier(costs) for costs in fleet}
         able = [costs for costs in fleet if frontiers[costs.device]]
         if situation.target_s is not None:
             target = situation.target_s

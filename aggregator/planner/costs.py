@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from edge_sdk.planning.choice import fits_memory, predictable
-from edge_sdk.planning.cost import peak_mb, round_time, step_s, update_bytes, version_bytes
+from edge_sdk.planning.cost import peak_mb, round_time, update_bytes, version_bytes
 from edge_sdk.protocol.measure import Fit
 from edge_sdk.protocol.model import LoraShape, ModelShape
 from edge_sdk.protocol.wire import Run, Status
@@ -132,19 +132,18 @@ def device_costs(status: Status, work: Work) -> DeviceCosts:
     )
 
 
-def frontier(costs: DeviceCosts, *, overhead: float = 0.5) -> tuple[Pair, ...]:
+def frontier(costs: DeviceCosts) -> tuple[Pair, ...]:
     """The feasible and efficient pairs (d, a_min(d)), strictly growing in depth and in seconds.
 
-    More than a_min(d) quantized layers cost time and buy nothing. Dropped: a pair that takes as long as a
-    deeper one (a noisy fit), and one whose steps take more than ``1 + overhead`` of its depth's plain ones.
+    More than a_min(d) quantized layers cost time and buy nothing. A pair that takes as long as a deeper one
+    (a noisy fit) is dropped. How much longer quantized steps may take is not limited here: the sweep weighs
+    their seconds, and a limit that devices do not know would have them choose what was not recommended.
     """
     kept: list[Pair] = []
     for depth in range(1, costs.work.shape.layers + 1):
         quantized = costs.least_quantized(depth)
         if quantized is None:
             break  # memory grows with depth: nothing deeper fits
-        if step_s(costs.fit, depth, quantized) > (1.0 + overhead) * step_s(costs.fit, depth, 0):
-            continue
         pair = costs.pair(depth, quantized)
         while kept and kept[-1].seconds >= pair.seconds:
             kept.pop()

@@ -12,10 +12,14 @@ from edge_sdk.config.run import RunConfig
 from edge_sdk.protocol.spec import Candidate
 from edge_sdk.protocol.wire import Run, Status
 
-__all__ = ["ALLOWANCE_S", "SLACK", "RoundPlan", "plan_round"]
+__all__ = ["ALLOWANCE_S", "SLACK", "TOLERANCE", "RoundPlan", "plan_round"]
 
 SLACK = 1.2
 """Deadline over target: what predictions may be off by."""
+
+TOLERANCE = 1.05
+"""Target over the sweep's T, which is exactly the time of the device that sets the pace: without it, that
+device would refuse its own recommendation as soon as its link is measured a little slower."""
 
 ALLOWANCE_S = 60.0
 """The least time between target and deadline: starting a trainer, reading data, reconnecting. Costs nothing
@@ -48,7 +52,7 @@ def plan_round(
     """The offers of a round, from what the devices last reported.
 
     ``rounds.deadline_s``, where the operator fixed it, takes the sweep's place: target = deadline / SLACK.
-    Otherwise deadline = max(SLACK · target, target + ALLOWANCE_S).
+    Otherwise target = TOLERANCE · T and deadline = max(SLACK · target, target + ALLOWANCE_S).
 
     Args:
         utilities: of each layer, from the input up; None: uniform. See ``costs.layer_gains``.
@@ -80,6 +84,7 @@ def plan_round(
         costs.device: candidates_for(costs, method, situation, allocated.pairs.get(costs.device))
         for costs in fleet
     }
-    target = max(allocated.target_s, 1e-3)
-    deadline = max(SLACK * target, target + ALLOWANCE_S) if fixed is None else fixed
-    return RoundPlan(deadline, target, candidates, excluded)
+    if fixed is not None:
+        return RoundPlan(fixed, fixed / SLACK, candidates, excluded)
+    target = TOLERANCE * max(allocated.target_s, 1e-3)
+    return RoundPlan(max(SLACK * target, target + ALLOWANCE_S), target, candidates, excluded)
