@@ -56,6 +56,7 @@ class Resident:
         self._features: tuple[str, Any, Any] | None = None
         self.threads(setup)
         self.model = load_model(folder, setup.labels, setup.lora, self.device)
+        self._touch()
         self._tokenizer = load_tokenizer(folder)
         self._warm_up(setup)
 
@@ -171,7 +172,7 @@ class Resident:
         _, features, there = self._features
         missing = torch.unique(wanted[~there[wanted]])
         with torch.inference_mode():
-            for chosen in missing.split(batch):
+            for chosen in missing.split(batch) if len(missing) else ():
                 self._check()
                 features[chosen] = self.model.encode(*rows.inputs(chosen, self.device))[:, 0].cpu()
                 there[chosen] = True
@@ -183,6 +184,14 @@ class Resident:
             if not key.startswith("dense."):
                 digest.update(parameter.detach().cpu().numpy().tobytes())
         return digest.hexdigest()
+
+    def _touch(self) -> None:
+        """Weights lie in the mapped file until they are read: all of them belong to what rests in memory,
+
+        the rows of the vocabulary too, that would otherwise come in one by one."""
+        with torch.inference_mode():
+            for parameter in self.model.net.parameters():
+                parameter.sum()
 
     def _warm_up(self, setup: Setup) -> None:
         """Steps to be discarded: libraries load, threads start, scratch is taken, plain and quantized."""
