@@ -49,8 +49,8 @@ def fit_cost(
             )
     # layer_mb = kept + saved with both at least 0: quantizing a layer cannot save more than the layer holds,
     # which also keeps memory monotone in depth.
-    kept, head, saved, work = non_negative_least_squares(
-        [(p.depth, 1.0, p.depth - p.quantized_layers, float(p.quantized_layers > 0)) for p in points],
+    kept, saved, work, head = non_negative_least_squares(
+        [(p.depth, p.depth - p.quantized_layers, float(p.quantized_layers > 0), 1.0) for p in points],
         [p.peak_mb for p in points],
     )
     layer_s, forward_s, quantize_s = non_negative_least_squares(

@@ -35,6 +35,15 @@ def test_one_depth_is_charged_to_the_layers() -> None:
     assert step_s(model, 6, 0) == pytest.approx(0.9)
 
 
+def test_plain_layers_seen_at_one_depth_alone_never_look_cheap() -> None:
+    """What a device short of memory can probe: there, the head's share cannot be told from the layers'."""
+    model = fit((1, 1), (1, 0), (3, 3))
+    for depth in range(1, 7):
+        assert peak_mb(model, depth, depth) == pytest.approx(truth(depth, depth).peak_mb)
+        for quantized in range(depth):
+            assert peak_mb(model, depth, quantized) > truth(depth, quantized).peak_mb - 1e-6
+
+
 def test_quantized_probes_alone_predict_quantized_settings() -> None:
     model = fit((1, 1), (4, 4))
     for depth in (1, 4, 6):
