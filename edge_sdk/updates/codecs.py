@@ -15,7 +15,16 @@ import numpy.typing as npt
 from edge_sdk.errors import ContainerError, MechanismError
 from edge_sdk.protocol.container import Bits
 
-__all__ = ["CODECS", "MECHANISMS", "Codec", "Encoded", "Floats", "codec_named", "encoded_bytes"]
+__all__ = [
+    "CODECS",
+    "MECHANISMS",
+    "Codec",
+    "Encoded",
+    "Floats",
+    "codec_named",
+    "encoded_bytes",
+    "usable_scales",
+]
 
 Floats = npt.NDArray[np.float32]
 
@@ -75,6 +84,11 @@ CODECS = {
     )
 }
 MECHANISMS: tuple[str, ...] = (*(f"codec:{name}" for name in CODECS), "error-feedback:on")
+
+
+def usable_scales(scales: Floats) -> bool:
+    """Whether every scale is finite and not negative."""
+    return bool((np.isfinite(scales) & (scales >= 0)).all())
 
 
 def codec_named(name: str) -> Codec:

@@ -9,23 +9,24 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as serialize
 
 from edge_sdk.errors import ContainerError
 from edge_sdk.protocol.container import METADATA_KEY, Bits, ContainerHeader, ContainerKind, Part
-from edge_sdk.updates.codecs import Codec, Encoded, Floats, codec_named
+from edge_sdk.updates.codecs import CODECS, Codec, Encoded, Floats, codec_named, usable_scales
+from edge_sdk.updates.layout import AGAIN, Layout, Stored, read_layout
 
-__all__ = ["Container", "header_for", "part_for", "read_container", "write_container"]
+__all__ = ["Container", "fits", "header_for", "part_for", "read_container", "rows_of", "write_container"]
 
-MAX_HEADER_BYTES = 16 << 20
 _SCALE = ".scale"
+_DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "I8": np.dtype("i1")}
 _decoder = msgspec.json.Decoder(ContainerHeader)
 
 
@@ -51,10 +52,16 @@ def write_container(path: Path, header: ContainerHeader, adapter: Mapping[str, F
                 "training has diverged: lower the learning rates",
             )
         encoded = codec.encode(rows)
+        with np.errstate(over="ignore"):
+            decoded[part.key] = codec.decode(encoded)
+        if not np.isfinite(decoded[part.key]).all():
+            raise ContainerError(
+                f"part {part.key!r} holds values too large for the codec {codec.name}",
+                "training has diverged: lower the learning rates",
+            )
         tensors[part.key] = np.ascontiguousarray(encoded.values)
         if encoded.scales is not None:
             tensors[part.key + _SCALE] = encoded.scales
-        decoded[part.key] = codec.decode(encoded)
     metadata = msgspec.json.encode(header, order="deterministic").decode()
     _replace(path, serialize(tensors, metadata={METADATA_KEY: metadata}))
     return decoded
@@ -104,26 +111,43 @@ def header_for(
     )
 
 
-class Container:
-    """An open container. Close it, or use it as a context manager."""
+def rows_of(part: Part) -> slice | list[int]:
+    """The rows of a whole tensor that the part holds; an index for numpy."""
+    return slice(None) if part.slots is None else list(part.slots)
 
-    def __init__(self, path: Path, file: Any, header: ContainerHeader, codec: Codec) -> None:
+
+def fits(part: Part, shape: tuple[int, ...]) -> bool:
+    """Whether the part is a whole tensor of ``shape``, or slots of one."""
+    if len(shape) != 2 or part.width != shape[1]:
+        return False
+    return part.rows == shape[0] if part.slots is None else part.slots[-1] < shape[0]
+
+
+class Container:
+    """A container whose form was checked. Its tensors are read one at a time.
+
+    As a context manager it keeps the file open; without, every read opens it, so that a merge of any number
+    of containers needs one open file.
+    """
+
+    def __init__(self, path: Path, layout: Layout, header: ContainerHeader, codec: Codec) -> None:
         self.path = path
         self.header = header
-        self._file = file
+        self._layout = layout
         self._codec = codec
         self._parts = {part.key: part for part in header.parts}
+        self._file: BinaryIO | None = None
 
     def __enter__(self) -> Container:
+        self._file = self._open()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self._file.__exit__(None, None, None)
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
     @property
     def parts(self) -> Mapping[str, Part]:
@@ -133,97 +157,136 @@ class Container:
         """One part decoded, float32 (rows, width), owned by the caller. Raises ContainerError."""
         if key not in self._parts:
             raise ContainerError(f"{self.path.name} has no part {key!r}")
-        scales = self._file.get_tensor(key + _SCALE) if self._codec.has_scales else None
-        if scales is not None and not (np.isfinite(scales).all() and (scales >= 0).all()):
-            raise ContainerError(f"part {key!r} of {self.path.name} has a negative or non-finite scale")
-        rows = self._codec.decode(Encoded(self._file.get_tensor(key), scales))
+        if self._file is not None:
+            encoded = self._read(self._file, key)
+        else:
+            with self._open() as file:
+                encoded = self._read(file, key)
+        if encoded.scales is not None and not usable_scales(encoded.scales):
+            raise ContainerError(
+                f"part {key!r} of {self.path.name} has a scale that is negative or not finite"
+            )
+        with np.errstate(over="ignore"):  # a code times a large scale: told just below
+            rows = self._codec.decode(encoded)
         if not np.isfinite(rows).all():
             raise ContainerError(f"part {key!r} of {self.path.name} holds values that are not finite")
         return rows
+
+    def add_to(self, rows: np.ndarray[Any, Any], key: str, weight: float | None = None) -> None:
+        """Adds the part, times ``weight``, to ``rows`` in place, at its slots.
+
+        Raises ContainerError where it does not fit.
+        """
+        part = self._parts[key]
+        if not fits(part, rows.shape):
+            raise ContainerError(
+                f"part {key!r} of {self.path.name} is {part.rows} x {part.width}, "
+                f"what it adds to is {' x '.join(map(str, rows.shape))}"
+            )
+        change = self.tensor(key)
+        rows[rows_of(part)] += change if weight is None else change.astype(rows.dtype) * weight
 
     def verify(self) -> None:
         """Decodes every part once. Raises ContainerError for the first that is not finite."""
         for key in self._parts:
             self.tensor(key)
 
+    def _open(self) -> BinaryIO:
+        try:
+            return self.path.open("rb", buffering=0)
+        except OSError as error:
+            raise ContainerError(f"{self.path} cannot be read: {error.strerror}") from error
+
+    def _read(self, file: BinaryIO, key: str) -> Encoded:
+        values = _array(file, self.path, self._layout.tensors[key])
+        scales = (
+            _array(file, self.path, self._layout.tensors[key + _SCALE]) if self._codec.has_scales else None
+        )
+        return Encoded(values, scales)
+
 
 def read_container(path: Path, kind: ContainerKind | None = None) -> Container:
-    """Opens a container; its tensors are not read yet.
+    """Checks a container's form; its tensors are not read yet.
 
     Raises ContainerError for a file that is truncated, altered in its structure, of another format or
     codec, whose tensors are not those that its header tells, or that is no ``kind``.
     """
-    _check_length(path)
-    try:
-        file: Any = safe_open(path, framework="np")
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ContainerError(f"{path.name} is no container: {_first_line(error)}", _AGAIN) from error
-    try:
-        header = _header(path, file.metadata() or {})
-        if kind is not None and header.kind != kind:
-            raise ContainerError(f"{path.name} holds a {header.kind}, not a {kind}")
-        codec = codec_named(header.codec)
-        _check_tensors(path, file, header, codec)
-    except BaseException:
-        file.__exit__(None, None, None)
-        raise
-    return Container(path, file, header, codec)
+    layout = read_layout(path)
+    header = _header(path, layout)
+    if kind is not None and header.kind != kind:
+        raise ContainerError(f"{path.name} holds a {header.kind}, not a {kind}")
+    codec = CODECS.get(header.codec)
+    if codec is None:
+        raise ContainerError(
+            f"{path.name} is written in the codec {header.codec[:32]!r}",
+            f"this party has {', '.join(CODECS)}",
+        )
+    _check_tensors(path, layout, header, codec)
+    return Container(path, layout, header, codec)
 
 
-_AGAIN = "it was truncated or altered; it has to be sent again"
-
-
-def _check_length(path: Path) -> None:
-    """The length of the JSON header, before anybody allocates that much."""
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            size = os.fstat(file.fileno()).st_size
-    except OSError as error:
-        raise ContainerError(f"{path} cannot be read: {error.strerror}") from error
-    if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
-        raise ContainerError(f"{path.name} is no container: {size} bytes with a header of {length}", _AGAIN)
-
-
-def _header(path: Path, metadata: Mapping[str, str]) -> ContainerHeader:
-    text = metadata.get(METADATA_KEY)
-    if text is None:
+def _header(path: Path, layout: Layout) -> ContainerHeader:
+    if METADATA_KEY not in layout.metadata:
         raise ContainerError(
             f"{path.name} is no container: its metadata has no key {METADATA_KEY!r}",
             "it is some other safetensors file",
         )
+    if len(layout.metadata) > 1:
+        odd = min(layout.metadata.keys() - {METADATA_KEY})
+        raise ContainerError(f"{path.name} has metadata {odd!r}, which no container has", AGAIN)
     try:
-        return _decoder.decode(text)
-    except (msgspec.MsgspecError, RecursionError) as error:
-        raise ContainerError(f"the header of {path.name} cannot be read: {error}", _AGAIN) from error
+        return _decoder.decode(layout.metadata[METADATA_KEY])
+    except (msgspec.MsgspecError, UnicodeEncodeError, RecursionError) as error:
+        raise ContainerError(f"the header of {path.name} cannot be read: {error}", AGAIN) from error
 
 
-def _check_tensors(path: Path, file: Any, header: ContainerHeader, codec: Codec) -> None:
-    expected: dict[str, tuple[str, list[int]]] = {}
+def _check_tensors(path: Path, layout: Layout, header: ContainerHeader, codec: Codec) -> None:
+    expected: dict[str, tuple[str, tuple[int, ...]]] = {}
     for part in header.parts:
         if part.key in expected:
             raise ContainerError(f"{path.name} names part {part.key!r} twice")
-        if part.bits != codec.bits:
-            raise ContainerError(
-                f"part {part.key!r} has {part.bits} bits, codec {codec.name} has {codec.bits}"
-            )
-        if part.slots is not None and len(part.slots) != part.rows:
-            raise ContainerError(f"part {part.key!r} has {part.rows} rows and names {len(part.slots)} slots")
-        expected[part.key] = (codec.dtype, [part.rows, part.width])
+        _check_part(path, part, codec)
+        expected[part.key] = (codec.dtype, (part.rows, part.width))
         if codec.has_scales:
-            expected[part.key + _SCALE] = ("F32", [part.rows])
-    found = set(file.keys())
-    if found != expected.keys():
-        odd = min(found ^ expected.keys())
-        raise ContainerError(f"{path.name}: its header and its tensors differ in {odd!r}", _AGAIN)
+            expected[part.key + _SCALE] = ("F32", (part.rows,))
+    if layout.tensors.keys() != expected.keys():
+        odd = min(layout.tensors.keys() ^ expected.keys())
+        raise ContainerError(f"{path.name}: its header and its tensors differ in {odd!r}", AGAIN)
     for key, (dtype, shape) in expected.items():
-        tensor = file.get_slice(key)
-        if tensor.get_dtype() != dtype or tensor.get_shape() != shape:
+        tensor = layout.tensors[key]
+        if (tensor.dtype, tensor.shape) != (dtype, shape):
             raise ContainerError(
-                f"tensor {key!r} of {path.name} is {tensor.get_dtype()} {tensor.get_shape()}, "
+                f"tensor {key!r} of {path.name} is {tensor.dtype} {tensor.shape}, "
                 f"its header says {dtype} {shape}",
-                _AGAIN,
+                AGAIN,
             )
+
+
+def _check_part(path: Path, part: Part, codec: Codec) -> None:
+    if (part.factor == "dense") != (part.layer is None):
+        raise ContainerError(f"{path.name}: part {part.key!r} has layer {part.layer}, factor {part.factor}")
+    if part.bits != codec.bits:
+        raise ContainerError(f"part {part.key!r} has {part.bits} bits, codec {codec.name} has {codec.bits}")
+    if part.slots is None:
+        return
+    if part.layer is None or len(part.slots) != part.rows:
+        raise ContainerError(f"part {part.key!r} has {part.rows} rows and names {len(part.slots)} slots")
+    if any(first >= second for first, second in pairwise(part.slots)):
+        raise ContainerError(f"part {part.key!r} names slots that do not ascend")
+
+
+def _array(file: BinaryIO, path: Path, tensor: Stored) -> np.ndarray[Any, Any]:
+    dtype = _DTYPES[tensor.dtype]
+    try:
+        file.seek(tensor.begin)
+        array: np.ndarray[Any, Any] = np.fromfile(
+            file, dtype, count=(tensor.end - tensor.begin) // dtype.itemsize
+        )
+    except OSError as error:
+        raise ContainerError(f"{path} cannot be read: {error.strerror or error}") from error
+    if array.nbytes != tensor.end - tensor.begin:
+        raise ContainerError(f"{path.name} became shorter while it was read", AGAIN)
+    return array.reshape(tensor.shape)
 
 
 def _replace(path: Path, data: bytes) -> None:
@@ -238,7 +301,3 @@ def _replace(path: Path, data: bytes) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

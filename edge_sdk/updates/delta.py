@@ -40,9 +40,16 @@ def write_update(
     for key in chosen:
         if key not in start or key not in end:
             raise ContainerError(f"{key!r} is no part of this adapter")
-        delta[key] = end[key] - start[key]
-        if residual is not None and key in residual:
-            delta[key] = delta[key] + residual[key]
+        kept = residual.get(key) if residual is not None else None
+        shapes = {rows.shape for rows in (start[key], end[key], kept) if rows is not None}
+        if len(shapes) != 1:
+            raise ContainerError(
+                f"start, end and residual of {key!r} have the shapes {sorted(shapes)}",
+                "the residual is of another run or LoRA shape: remove it",
+            )
+        delta[key] = np.subtract(end[key], start[key], dtype=np.float32)
+        if kept is not None:
+            delta[key] += kept
     header = header_for(
         "update", delta, codec,
         run=run, round=round, fingerprint=fingerprint, builds_on=builds_on,

@@ -41,12 +41,13 @@ def write_version(
 def read_adapter(paths: Sequence[Path]) -> Adapter:
     """The adapter that a chain leads to: a full version first, then deltas in order.
 
-    Raises ContainerError for a chain that is empty, broken, or begins with a delta.
+    Raises ContainerError for a chain that is empty, broken, mixed of runs, or begins with a delta.
     """
     if not paths:
         raise ContainerError("a chain of no versions leads to no adapter")
     adapter: Adapter = {}
     held: int | None = None
+    origin: tuple[str, str] | None = None
     for path in paths:
         with read_container(path, "version") as container:
             header = container.header
@@ -55,8 +56,20 @@ def read_adapter(paths: Sequence[Path]) -> Adapter:
                     f"{path.name} builds on version {header.builds_on}, the chain has reached {held}",
                     "fetch the versions between them",
                 )
-            for key in container.parts:
-                tensor = container.tensor(key)
-                adapter[key] = tensor if held is None else adapter[key] + tensor
+            origin = origin or (header.run, header.fingerprint)
+            if (header.run, header.fingerprint) != origin:
+                raise ContainerError(
+                    f"{path.name} is of run {header.run!r}, the chain before it of {origin[0]!r}",
+                    "runs of one name differ in their fingerprint",
+                )
+            if header.version is None:
+                raise ContainerError(f"{path.name} is a version without a number")
+            for key, part in container.parts.items():
+                if held is not None and key in adapter:
+                    container.add_to(adapter[key], key)
+                elif held is None and part.slots is None:
+                    adapter[key] = container.tensor(key)
+                else:
+                    raise ContainerError(f"part {key!r} of {path.name} is not whole, or not in its parent")
             held = header.version
     return adapter
