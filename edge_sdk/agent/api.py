@@ -100,6 +100,8 @@ class Agent:
                 self.config, transport=transport, trainer=trainer, clock=self._clock, bus=self._bus,
                 give_up_s=self._give_up_s,
             )  # fmt: skip
+            # Known before it speaks: who is called back, or signalled, may stop it already.
+            self._core, self._crash = core, None
             try:
                 core.start()
             except BaseException:
@@ -108,15 +110,18 @@ class Agent:
         except BaseException:
             self._lock.release()
             raise
-        self._core, self._crash = core, None
         self._thread = threading.Thread(target=self._live, args=(core,), name="edge-agent", daemon=True)
         self._thread.start()
 
-    def stop(self) -> None:
-        """Ends the agent and its trainer; what is unfinished goes on at the next start."""
+    def stop(self, *, wait: bool = True) -> None:
+        """Ends the agent and its trainer; what is unfinished goes on at the next start.
+
+        With ``wait`` false it returns at once, and may be called from an event callback or a signal handler.
+        """
         if self._core is not None:
             self._core.inbox.put(Stop())
-        self._join(_STOP_S)
+        if wait:
+            self._join(_STOP_S)
 
     def pause(self) -> None:
         """Starts no new work and interrupts training, whose round is trained again after ``resume``.

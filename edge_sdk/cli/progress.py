@@ -1,0 +1,90 @@
+"""The agent's events as lines for people."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from edge_sdk.events import Event
+
+__all__ = ["Progress"]
+
+Fields = Mapping[str, Any]
+_QUARTERS = 4
+
+
+class Progress:
+    """Gives ``write`` one line for each event worth reading; what repeats is said once."""
+
+    def __init__(self, write: Callable[[str], object]) -> None:
+        self._write = write
+        self._last = ""
+        self._quarter = (0, -1)
+
+    def __call__(self, event: Event) -> None:
+        line = self._training(event.fields) if event.name == "training.progress" else _line(event)
+        if line and line != self._last:
+            self._last = line
+            self._write(line)
+
+    def _training(self, fields: Fields) -> str:
+        """At every quarter of a round's steps."""
+        done, total = fields["done"], max(1, fields["total"])
+        quarter = (fields["round"], _QUARTERS * done // total)
+        if fields["stage"] != "training" or quarter == self._quarter:
+            return ""
+        self._quarter = quarter
+        loss = "" if fields["loss"] is None else f", loss {fields['loss']:.3f}"
+        return f"round {fields['round']}: step {done} of {total}{loss}"
+
+
+def _line(event: Event) -> str:
+    f = event.fields
+    match event.name:
+        case "agent.started":
+            return f"device {f['device']}, broker {f['broker']}"
+        case "connection.up":
+            return f"connected to {f['broker']}"
+        case "connection.down":
+            why = f": {f['error']}" if f["error"] else ""
+            return f"no connection to {f['broker']}{why}; trying again until it is back"
+        case "run.joined":
+            return f"run {f['run']}: base and task agree"
+        case "trainer.described":
+            return f"{f['samples']} rows, trainer on {f['device']} holds {f['rest_mb']:.0f} MB at rest"
+        case "trainer.probed":
+            return (
+                f"probed {f['probes']} settings: {f['layer_mb']:.1f} MB a layer, "
+                f"{f['saved_mb']:.1f} MB less when quantized"
+            )
+        case "agent.permission":
+            return f"now {f['permission']}{': ' + f['reason'] if f['reason'] else ''}"
+        case "round.offer":
+            return f"round {f['round']}: offered {f['candidates']} candidates, {f['deadline_s']:.0f} s"
+        case "round.choice":
+            return (
+                f"round {f['round']}: depth {f['depth']}, {f['quantized_layers']} layers quantized "
+                f"({f['peak_mb']:.0f} MB, {f['seconds']:.1f} s, {f['bytes_up'] / 1e3:.0f} kB); "
+                f"bound by {f['binding']}" + (f": {f['reason']}" if f["reason"] else "")
+            )
+        case "round.decline":
+            return f"round {f['round']}: declined, {f['message']}"
+        case "training.done":
+            return (
+                f"round {f['round']}: trained in {f['train_s']:.1f} s, peak {f['peak_mb']:.0f} MB "
+                f"above rest, loss {f['loss_last']:.3f}"
+            )
+        case "training.failed":
+            what = "out of memory" if f["memory"] else "the trainer failed"
+            return f"round {f['round']}: {what}: {f['message']}"
+        case "update.queued":
+            return f"round {f['round']}: update of {f['bytes'] / 1e3:.0f} kB on its way"
+        case "update.receipt":
+            return f"round {f['round']}: received"
+        case "update.refused":
+            return f"round {f['round']}: update refused ({f['reason']}): {f['message']}"
+        case "run.finished":
+            return f"run {f['run']} has finished"
+        case "problem":
+            return f"problem: {f['message']}{' (' + f['hint'] + ')' if f['hint'] else ''}"
+    return ""

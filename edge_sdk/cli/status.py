@@ -1,0 +1,57 @@
+"""``edge-agent status``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from edge_sdk.agent.reporting import folder_status
+from edge_sdk.config.loading import load_agent_config
+
+__all__ = ["show_status"]
+
+_SHOWN_ROUNDS = 5
+
+
+def show_status(config: Path, *, as_json: bool) -> None:
+    status = folder_status(load_agent_config(config))
+    if as_json:
+        typer.echo(json.dumps(status))
+        return
+    for line in _lines(status):
+        typer.echo(line)
+
+
+def _lines(status: dict[str, Any]) -> list[str]:
+    emulated = f" (emulated {status['device_class']})" if status["emulated"] else ""
+    lines = [
+        f"device    {status['device']}{emulated}",
+        f"agent     {'running, process ' + str(status['pid']) if status['running'] else 'not running'}",
+        f"broker    {status['broker']}{'  INSECURE: no TLS off this machine' if status['insecure'] else ''}",
+    ]
+    if status["run"] is None:
+        return [*lines, "run       none joined yet"]
+    if status["running"]:
+        lines.append(
+            f"state     {'connected' if status['connected'] else 'no connection'}, {status['permission']}, "
+            f"round {status['state']}, trainer {status['trainer']}"
+        )
+    lines.append(f"run       {status['run']}{', finished' if status['finished'] else ''}")
+    lines.append(f"versions  {', '.join(map(str, status['versions'])) or 'none'}")
+    lines += [f"outbox    round {i['round']}: {i['state']}, {i['bytes']} bytes" for i in status["outbox"]]
+    lines += [f"owed      update of round {number}" for number in status["owed"]]
+    for row in status["rounds"][-_SHOWN_ROUNDS:]:
+        told = f"round {row['round']:<4}{row['state']}"
+        if "depth" in row:
+            told += f": depth {row['depth']}, {row['quantized_layers']} quantized"
+            told += f", bound by {row['binding_budget']}"
+        elif "declined" in row:
+            told += f": {row['message']}"
+        lines.append(told)
+    ledger = status["ledger"]
+    lines.append(f"traffic   {ledger.get('bytes_up', 0)} bytes up, {ledger.get('bytes_down', 0)} down, "
+                 f"{ledger.get('bytes_resent', 0)} sent again")  # fmt: skip
+    return lines
