@@ -14,9 +14,11 @@ __all__ = ["initial_adapter"]
 
 
 def initial_adapter(shape: ModelShape, lora: LoraShape, seed: int) -> Adapter:
-    """A whole adapter. A: uniform in ±1/sqrt(in), which is Kaiming's with a = sqrt(5), as peft has it;
-    head matrices: normal with deviation 0.02; vectors (biases): zero. A key's numbers depend on nothing
-    but the seed and the key."""
+    """A whole adapter. A key's numbers depend on nothing but the seed and the key.
+
+    A: uniform in ±1/sqrt(in), which is Kaiming's with a = sqrt(5), as peft has it. Of the head: matrices
+    normal with deviation 0.02, biases zero, other vectors (the scale of a norm) one.
+    """
     adapter: Adapter = {}
     vectors = {f"dense.{part.name}" for part in shape.dense if len(part.shape) == 1}
     for key, size in part_sizes(shape, lora).items():
@@ -26,7 +28,8 @@ def initial_adapter(shape: ModelShape, lora: LoraShape, seed: int) -> Adapter:
         elif key.startswith("dense.") and key not in vectors:
             values = _generator(seed, key).normal(0.0, 0.02, size)
         else:
-            values = np.zeros(size)
+            scale = key.startswith("dense.") and not key.endswith("bias")
+            values = np.ones(size) if scale else np.zeros(size)
         adapter[key] = values.astype(np.float32)
     return adapter
 

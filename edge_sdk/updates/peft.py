@@ -7,6 +7,7 @@ the devices had.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -15,9 +16,10 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
+from edge_sdk.errors import ContainerError
 from edge_sdk.protocol.model import LoraShape, ModelShape
 from edge_sdk.updates.codecs import Floats
-from edge_sdk.updates.keys import Adapter, lora_keys
+from edge_sdk.updates.keys import Adapter, lora_keys, part_sizes
 
 __all__ = ["write_peft"]
 
@@ -34,31 +36,51 @@ def write_peft(
 ) -> Path:
     """Writes config, weights and a model card; replaces an older folder at once. Returns ``folder``.
 
-    ``card``: what to tell of the run, Markdown, below the card's own lines.
+    ``card``: what to tell of the run, Markdown, below the card's own lines. Raises ContainerError for an
+    adapter that is not whole.
     """
+    tensors = _tensors(adapter, shape, lora)
     folder.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
-        save_file(_tensors(adapter, shape), building / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(tensors, building / "adapter_model.safetensors", metadata={"format": "pt"})
         config = json.dumps(_config(shape, lora, base), indent=2, sort_keys=True)
         (building / "adapter_config.json").write_text(config + "\n")
         (building / "labels.json").write_text(json.dumps(list(labels), indent=2) + "\n")
         (building / "README.md").write_text(_card(lora, base, labels, card))
         building.chmod(0o755)
-        if folder.exists():
-            old = building.with_name(building.name + ".old")
-            folder.replace(old)
-            building.replace(folder)
-            shutil.rmtree(old)
-        else:
-            building.replace(folder)
+        for path in building.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        _exchange(building, folder)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
     return folder
 
 
-def _tensors(adapter: Adapter, shape: ModelShape) -> dict[str, Floats]:
+def _exchange(building: Path, folder: Path) -> None:
+    if not folder.exists():
+        building.replace(folder)
+        return
+    old = building.with_name(building.name + ".old")
+    folder.replace(old)
+    try:
+        building.replace(folder)
+    except OSError:
+        old.replace(folder)
+        raise
+    shutil.rmtree(old)
+
+
+def _tensors(adapter: Adapter, shape: ModelShape, lora: LoraShape) -> dict[str, Floats]:
+    for key, size in part_sizes(shape, lora).items():
+        found = adapter[key].shape if key in adapter else None
+        if found != size:
+            raise ContainerError(
+                f"part {key!r} of the adapter must be {size[0]} x {size[1]}, "
+                f"received {'nothing' if found is None else ' x '.join(map(str, found))}"
+            )
     tensors: dict[str, Floats] = {}
     for layer in range(shape.layers):
         for key in lora_keys(shape, layer):
@@ -86,7 +108,7 @@ def _config(shape: ModelShape, lora: LoraShape, base: str) -> dict[str, object]:
         "fan_in_fan_out": False,
         "inference_mode": True,
         # a pattern over whole paths: a name alone would hit the pooler's dense layer too
-        "target_modules": rf".*{re.escape(shape.layer_path)}\.\d+\.({modules})",
+        "target_modules": rf"{re.escape(shape.layer_path)}\.\d+\.({modules})",
         "modules_to_save": _saved_modules(shape),
     }
 
@@ -103,6 +125,9 @@ def _card(lora: LoraShape, base: str, labels: tuple[str, ...], more: str) -> str
     lines = [
         "---",
         "library_name: peft",
+        f"base_model: {json.dumps(base)}",
+        "pipeline_tag: text-classification",
+        "tags: [lora, federated-learning]",
         "---",
         "",
         "# LoRA adapter, trained by a fleet of devices",
@@ -115,7 +140,9 @@ def _card(lora: LoraShape, base: str, labels: tuple[str, ...], more: str) -> str
         "from peft import PeftModel",
         "from transformers import AutoModelForSequenceClassification",
         "",
-        f'base = AutoModelForSequenceClassification.from_pretrained("{base}", num_labels={len(labels)})',
+        "base = AutoModelForSequenceClassification.from_pretrained(",
+        f"    {json.dumps(base)}, num_labels={len(labels)}",
+        ")",
         'model = PeftModel.from_pretrained(base, "path/of/this/folder")',
         "```",
         "",
