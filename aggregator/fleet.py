@@ -88,6 +88,11 @@ class Fleet:
     def ready(self) -> list[Member]:
         return [member for member in self if member.ready]
 
+    def reported(self, device: str) -> Status | None:
+        """The last status, also of before a restart: what the device is, if not how it is now."""
+        row = self._rows.get(device)
+        return None if row is None or row.status is None else msgspec.json.decode(row.status, type=Status)
+
     def on_presence(self, presence: Presence, wall: float) -> Member | None:
         """The device as it is now; None where the record is of an older session, so nothing changed."""
         before = self[presence.device]

@@ -12,7 +12,7 @@ import msgspec
 from aggregator.fleet import Fleet
 from aggregator.rounds import DONE, Rounds
 from aggregator.state.base import ParticipationRow, Store
-from aggregator.transfers import Upload, Uploads
+from aggregator.transfers import Ledger, Upload, Uploads
 from aggregator.validation import Claim, check_announce, check_origin, refuse
 from edge_sdk.errors import ContainerError, StateError
 from edge_sdk.protocol.base import Record
@@ -41,6 +41,7 @@ class Intake:
         store: Store,
         objects: ObjectStore,
         uploads: Uploads,
+        ledger: Ledger,
         rounds: Rounds,
         fleet: Fleet,
         *,
@@ -54,6 +55,7 @@ class Intake:
         self._store = store
         self._objects = objects
         self._uploads = uploads
+        self._ledger = ledger
         self._rounds = rounds
         self._fleet = fleet
         self._limit_bytes = limit_bytes
@@ -159,7 +161,7 @@ class Intake:
             offer=None if row is None else msgspec.json.decode(row.offer, type=Offer),
             late=not is_open or (row is not None and row.state in DONE),
             limit_bytes=self._limit_bytes,
-            status=self._fleet[announce.device].status,
+            status=self._fleet.reported(announce.device),
         )
 
     def _offer(self, announce: Announce) -> Offer | None:
@@ -190,7 +192,9 @@ class Intake:
                 self._objects.remove(announce.object)
             self._refuse(refusal)
             return
-        receipt = self._rounds.on_received(announce, duplicate_bytes, upload_s)
+        with self._store.transaction():
+            self._ledger.save()
+            receipt = self._rounds.on_received(announce, duplicate_bytes, upload_s)
         self._send(announce.device, receipt)
         self._emit(
             "update.received",

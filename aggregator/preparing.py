@@ -29,7 +29,8 @@ def mathematics(config: RunConfig) -> dict[str, Any]:
     values = {f"run.{key}": getattr(config.run, key) for key in _RUN_KEYS}
     for name, section in sections.items():
         values |= {f"{name}.{key}": value for key, value in msgspec.structs.asdict(section).items()}
-    plain: dict[str, Any] = msgspec.to_builtins(values)
+    # By way of JSON, as it is compared with what was stored.
+    plain: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(values))
     return plain
 
 

@@ -405,7 +405,7 @@ class Rounds:
 
     def _shaped_s(self, announce: Announce) -> float:
         """The least seconds that an upload takes on a link that its owner limits; 0: it is not limited."""
-        status = self._fleet[announce.device].status
+        status = self._fleet.reported(announce.device)
         kbps = 0.0 if status is None else status.limits.get("uplink_kbps", 0.0)
         return 8.0 * announce.bytes / (1000.0 * kbps) if kbps > 0 else 0.0
 

@@ -105,7 +105,8 @@ class Aggregator:
         self._epoch = uuid.uuid4().hex
         self._inbox: queue.SimpleQueue[Inbound | Connection | TrainerReply | Stop] = queue.SimpleQueue()
         self._running: _Running | None = None
-        self._opened = False
+        self._opened = self._closed = False
+        self._store_or_none: Store | None = None
         self._ever_connected = False
         self._linger_until: float | None = None
         self._thread: threading.Thread | None = None
@@ -118,9 +119,13 @@ class Aggregator:
         self._thread = threading.Thread(target=self._run_quietly, name="aggregator", daemon=True)
         self._thread.start()
 
-    def stop(self) -> None:
-        """Ends the server in order, from any thread. May be called twice."""
+    def ask_to_stop(self) -> None:
+        """``run_forever`` ends in order, soon. From any thread, and from a signal's handler."""
         self._inbox.put(Stop())
+
+    def stop(self) -> None:
+        """Asks, and waits until the thread that ``start`` began has ended. May be called twice."""
+        self.ask_to_stop()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
 
@@ -166,7 +171,7 @@ class Aggregator:
     def _open(self) -> None:
         shutil.rmtree(self._folder.work, ignore_errors=True)
         self._folder.work.mkdir()
-        self._store: Store = open_store(self._folder)
+        self._store_or_none = open_store(self._folder)
         self._objects = ObjectStore(self._folder.objects)
         check_objects(self._store, self._objects)
         self._ledger = Ledger(self._store, self.config.run.name)
@@ -190,19 +195,20 @@ class Aggregator:
     def close(self) -> None:
         """Says goodbye and lets go of everything. May be called twice."""
         self.done = True
-        transport = self._brokerage.transport
-        if transport is not None and self._opened:
-            with contextlib.suppress(EdgeError):
-                transport.publish(self._topics.aggregator, encode(self._state(ready=False)), retain=True)
+        if self._closed or not self._opened:
+            return
+        self._closed = True
+        with contextlib.suppress(EdgeError):
+            self._publish(self._topics.aggregator, encode(self._state(ready=False)), retain=True)
         self._brokerage.close()
         if self._trainer is not None:
             self._trainer.close()
         if self._running is not None:
             self._running.uploads.close()
-        if hasattr(self, "_store"):
             with contextlib.suppress(EdgeError):
                 self._save()
-            self._store.close()
+        if self._store_or_none is not None:
+            self._store_or_none.close()
         self._folder.release()
 
     # The first start, and every other
@@ -257,6 +263,7 @@ class Aggregator:
             self._store,
             self._objects,
             uploads,
+            self._ledger,
             rounds,
             fleet,
             limit_bytes=int(config.transfer.max_update_mb * 1e6),
@@ -312,6 +319,7 @@ class Aggregator:
                     self._on_connection(event)
                 case Stop():
                     self.done = True
+                    self._emit("run.stopped", run=self.config.run.name)
                 case _:
                     self._evaluator.on_reply(event)
         except EdgeError as error:
@@ -450,6 +458,12 @@ class Aggregator:
         if self._running is None:
             raise StateError("the run is not made yet")
         return self._running
+
+    @property
+    def _store(self) -> Store:
+        if self._store_or_none is None:
+            raise StateError("the server is not open")
+        return self._store_or_none
 
     def _state(self, ready: bool) -> AggregatorState:
         running = self._running

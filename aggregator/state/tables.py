@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from sqlalchemy import (
     Boolean,
     Column,
@@ -32,7 +34,7 @@ __all__ = [
 ]
 
 SCHEMA = 1
-"""Version of the tables. A change raises it and appends a function to ``_STEPS``."""
+"""Version of the tables. A change raises it and appends a function to ``STEPS``."""
 
 metadata = MetaData()
 
@@ -147,8 +149,8 @@ ledger = Table(
     Column("foreign", Integer, nullable=False),
 )
 
-_STEPS: dict[int, object] = {}
-"""From version n to n + 1: ``_STEPS[n](connection)``. Empty while there is only one version."""
+STEPS: dict[int, Callable[[Connection], None]] = {}
+"""From version n to n + 1: ``STEPS[n](connection)``. Empty while there is only one version."""
 
 
 def migrate(connection: Connection) -> None:
@@ -162,10 +164,7 @@ def migrate(connection: Connection) -> None:
         return
     found = check_version(connection)
     for version in range(found, SCHEMA):
-        step = _STEPS[version]
-        if not callable(step):
-            raise StateError(f"no way leads from schema {version} to {version + 1}")
-        step(connection)
+        STEPS[version](connection)
     if found != SCHEMA:
         connection.execute(schema_version.update().values(version=SCHEMA))
 

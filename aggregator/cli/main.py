@@ -1,0 +1,124 @@
+"""``edge-aggregator``: the operator's commands."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edge_sdk.errors import EdgeError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="edge-aggregator",
+    help="A run's server: offers work, takes in updates, merges them, and exports the adapter.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="The run's config file.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="For programs: JSON on standard output.")]
+
+
+@app.command()
+def run(config: ConfigOption = Path("run.toml"), json: JsonOption = False) -> None:
+    """Run the rounds to the end. Stopped or killed, the same command goes on where it stood."""
+    from aggregator.cli.running import run_server
+
+    run_server(config, as_json=json)
+
+
+@app.command()
+def status(config: ConfigOption = Path("run.toml"), json: JsonOption = False) -> None:
+    """Where the run stands; works while it runs and when it does not."""
+    from aggregator.cli.looking import show_status
+
+    show_status(config, as_json=json)
+
+
+@app.command()
+def devices(config: ConfigOption = Path("run.toml"), json: JsonOption = False) -> None:
+    """Every device, as it last was, and what travelled between it and the server."""
+    from aggregator.cli.looking import show_devices
+
+    show_devices(config, as_json=json)
+
+
+@app.command()
+def rounds(config: ConfigOption = Path("run.toml"), json: JsonOption = False) -> None:
+    """Every round: who took part, how, and how long it took."""
+    from aggregator.cli.looking import show_rounds
+
+    show_rounds(config, as_json=json)
+
+
+@app.command()
+def versions(config: ConfigOption = Path("run.toml"), json: JsonOption = False) -> None:
+    """Every version of the global adapter, and how well it does."""
+    from aggregator.cli.looking import show_versions
+
+    show_versions(config, as_json=json)
+
+
+@app.command()
+def export(
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write; replaced if it exists.")],
+    config: ConfigOption = Path("run.toml"),
+    version: Annotated[
+        int | None, typer.Option("--version", help="Default: the most accurate one, else the newest.")
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Write a version as a PEFT adapter."""
+    from aggregator.cli.making import export_version
+
+    export_version(config, out, version, as_json=json)
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("run.toml"),
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Write a commented run.toml."""
+    from aggregator.cli.making import write_config
+
+    write_config(path, force=force, as_json=json)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from edge_sdk import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Options of all commands."""
+
+
+def main() -> None:
+    """Runs the command line. An EdgeError is one line and a hint, and its class's exit code."""
+    try:
+        app()
+    except EdgeError as error:
+        typer.echo(f"error: {_one_line(error.message)}", err=True)
+        if error.hint:
+            typer.echo(f"hint: {_one_line(error.hint)}", err=True)
+        sys.exit(error.exit_code)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
