@@ -13,8 +13,12 @@ _log = logging.getLogger(__name__)
 
 # names in malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
-_MMAP_BYTES = 1 << 20
-_TRIM_BYTES = 4 << 20
+_MMAP_BYTES = 128 << 10
+"""What is larger gets pages of its own, which go back at once. This is glibc's first value; setting it
+stops glibc from raising it. MiniLM, batch 16, length 32, set / left to glibc: peak above rest at full depth
+87 / 174 MB plain and 51 / 155 MB packed, straight in depth / not; the price is step time, 1.5 / 1."""
+
+_TRIM_BYTES = 128 << 10
 
 
 def _libc() -> Any:

@@ -31,7 +31,7 @@ from edge_sdk.protocol.trainer import (
     TrainerReply,
     TrainerRequest,
 )
-from edge_sdk.training.failures import Interrupted, failed
+from edge_sdk.training.failures import InterruptError, failed
 from edge_sdk.training.words import MECHANISMS, refuse_missing
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class Engine:
 
     def _check(self) -> None:
         if self._interrupted.is_set():
-            raise Interrupted
+            raise InterruptError
 
     def _progress(self, request: int, stage: Stage, done: int, total: int, loss: float | None = None) -> None:
         now = time.monotonic()
@@ -148,7 +148,8 @@ class Engine:
         import torch
 
         resident = self._ready(request.id, request.setup)
-        samples, counts = 0, ()
+        samples = 0
+        counts: tuple[int, ...] = ()
         if request.setup.data is not None:
             rows = resident.rows(request.setup)
             samples, counts = len(rows), rows.counts
@@ -162,7 +163,7 @@ class Engine:
             label_counts=counts,
             device=str(resident.device),
             mechanisms=MECHANISMS,
-            torch=torch.__version__,
+            torch=str(torch.__version__),
         )
 
     def _probe(self, request: Probe) -> Probed:

@@ -16,7 +16,7 @@ from edge_sdk.errors import (
 )
 from edge_sdk.protocol.trainer import Failed, FailureCause
 
-__all__ = ["Interrupted", "OutOfMemory", "failed"]
+__all__ = ["InterruptError", "MemoryLimitError", "failed"]
 
 _log = logging.getLogger(__name__)
 
@@ -39,21 +39,21 @@ _EXTRA = (
 )
 
 
-class Interrupted(Exception):
+class InterruptError(Exception):
     """The request was ended by an ``Interrupt``."""
 
 
-class OutOfMemory(TrainerError):
+class MemoryLimitError(TrainerError):
     """A memory limit does not allow what was asked."""
 
 
 def failed(request: int, error: Exception) -> Failed:
     """What went wrong with the request of that id."""
-    if isinstance(error, Interrupted):
+    if isinstance(error, InterruptError):
         return Failed(id=request, cause="interrupted", message="the request was interrupted")
-    if isinstance(error, OutOfMemory) or _out_of_memory(error):
-        message = error.message if isinstance(error, OutOfMemory) else f"out of memory: {_line(error)}"
-        hint = error.hint if isinstance(error, OutOfMemory) else "a smaller candidate may fit"
+    if isinstance(error, MemoryLimitError) or _out_of_memory(error):
+        message = error.message if isinstance(error, MemoryLimitError) else f"out of memory: {_line(error)}"
+        hint = error.hint if isinstance(error, MemoryLimitError) else "a smaller candidate may fit"
         return Failed(id=request, cause="memory", message=message, hint=hint)
     if isinstance(error, ImportError) and (error.name or "").split(".")[0] in _EXTRA:
         return Failed(
@@ -63,7 +63,10 @@ def failed(request: int, error: Exception) -> Failed:
             hint="pip install 'edge-sdk[train]'",
         )
     if isinstance(error, EdgeError):
-        cause = next((cause for kind, cause in _CAUSES if isinstance(error, kind)), "internal")
+        cause: FailureCause = "internal"
+        for kind, named in _CAUSES:
+            if isinstance(error, kind):
+                cause = named
         return Failed(id=request, cause=cause, message=_line(error.message), hint=_line(error.hint))
     _log.error("request %d failed unexpectedly", request, exc_info=error)
     return Failed(

@@ -22,10 +22,9 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from edge_sdk.data.base_files import weight_files
 from edge_sdk.errors import BaseModelError, ContainerError
 from edge_sdk.protocol.model import DensePart, LoraModule, LoraShape, ModelShape
+from edge_sdk.updates.keys import Adapter
 
 __all__ = ["TunableModel", "load_model"]
-
-Adapter = dict[str, np.ndarray]
 
 _HEADS = ("classifier", "pre_classifier")
 """Modules that are the task's own: trained whole, whether or not the checkpoint carries them."""
@@ -78,7 +77,7 @@ class TunableModel:
         return tuned
 
     def set_adapter(self, adapter: Adapter) -> None:
-        """Copies every part into the model, bit for bit. Raises ContainerError for a part too many or too few."""
+        """Copies every part into the model, exactly. Raises ContainerError where parts or shapes differ."""
         if adapter.keys() != self.parts.keys():
             odd = sorted(adapter.keys() ^ self.parts.keys())
             raise ContainerError(
@@ -87,7 +86,7 @@ class TunableModel:
             )
         with torch.no_grad():
             for key, parameter in self.parts.items():
-                value = torch.from_numpy(np.ascontiguousarray(adapter[key], dtype=np.float32))
+                value = torch.tensor(adapter[key], dtype=torch.float32)
                 stored = _stored_shape(key, parameter)
                 if tuple(value.shape) != stored:
                     raise ContainerError(f"part {key} is {tuple(value.shape)}, the model's is {stored}")

@@ -15,7 +15,7 @@ from edge_sdk.protocol.measure import Fit, ProbePoint
 from edge_sdk.protocol.model import ModelShape
 from edge_sdk.protocol.spec import Candidate
 from edge_sdk.protocol.trainer import Setup
-from edge_sdk.training.failures import OutOfMemory
+from edge_sdk.training.failures import MemoryLimitError
 from edge_sdk.training.loop import train
 from edge_sdk.training.memory import Meter, is_out_of_memory
 from edge_sdk.training.resident import Resident
@@ -34,16 +34,17 @@ _MARGIN = 0.9
 def probe(
     resident: Resident, setup: Setup, check: Callable[[], None], report: Callable[[int, int], None]
 ) -> Fit:
-    """Measures and fits. Raises OutOfMemory where not even one layer fits the limit."""
+    """Measures and fits. Raises MemoryLimitError where not even one layer fits the limit."""
     before = resident.model.adapter()
     points: list[ProbePoint] = []
     growth = resident.growth_mb()
+    prior = counted_fit(resident.model.shape, setup)
     try:
-        for step in range(MAX_SETTINGS):
-            setting = _next_setting(points, resident.model.shape.layers, growth, _prior(resident, setup))
+        for stage in range(MAX_SETTINGS):
+            setting = _setting(stage, points, resident.model.shape.layers, growth, prior)
             if setting is None:
-                break
-            report(step, MAX_SETTINGS)
+                continue
+            report(stage, MAX_SETTINGS)
             point = _measure(resident, setup, *setting, check)
             if point is None:
                 break
@@ -51,8 +52,8 @@ def probe(
     finally:
         resident.model.set_adapter(before)
     if not points:
-        raise OutOfMemory(
-            f"not even one layer can be trained in {growth or 0:.0f} MB above rest ({resident.rest_mb:.0f} MB)",
+        raise MemoryLimitError(
+            f"not even one layer can be trained in {growth or 0:.0f} MB above rest",
             "raise limits.memory_mb, or lower training.batch or training.max_length in run.toml",
         )
     report(MAX_SETTINGS, MAX_SETTINGS)
@@ -71,11 +72,7 @@ def _fit(points: list[ProbePoint], setup: Setup, resident: Resident) -> Fit:
     )
 
 
-def _prior(resident: Resident, setup: Setup) -> Fit:
-    return prior_fit(resident.model.shape, setup)
-
-
-def prior_fit(shape: ModelShape, setup: Setup) -> Fit:
+def counted_fit(shape: ModelShape, setup: Setup) -> Fit:
     """Memory by counting, before anything was measured: fp32, fused attention, LoRA on all linears.
 
     Per layer 8 batch · length · hidden values and two of the inner width are saved; all but four (the
@@ -86,48 +83,46 @@ def prior_fit(shape: ModelShape, setup: Setup) -> Fit:
     inner = 2 * unit * shape.intermediate / shape.hidden
     return Fit(
         micro_batch=setup.micro_batch, max_length=setup.max_length, rest_mb=0.0,
-        head_mb=4 * unit + 2 * inner, layer_mb=8 * unit + inner + 12 * shape.lora_values(setup.lora.rank) / 1e6,
+        head_mb=4 * unit + 2 * inner,
+        layer_mb=8 * unit + inner + 12 * shape.lora_values(setup.lora.rank) / 1e6,
         saved_mb=0.69 * (4 * unit + inner), work_mb=inner,
         forward_s=0.0, layer_s=0.0, quantize_s=0.0, probes=(),
     )  # fmt: skip
 
 
-def _next_setting(
-    points: list[ProbePoint], layers: int, growth: float | None, prior: Fit
+def _setting(
+    stage: int, points: list[ProbePoint], layers: int, growth: float | None, prior: Fit
 ) -> tuple[int, int] | None:
-    """The next (depth, quantized layers), or None where nothing more is worth or safe to measure.
+    """(depth, quantized layers) of a stage, None where nothing fits or nothing new would be learnt.
 
     One layer packed and plain tell what the head and a layer cost; the deepest settings that fit, packed
-    and plain, give the slopes; one in the middle holds the line against noise.
+    and plain, give the slopes; one half as deep holds the line against noise.
     """
-    done = {(p.depth, p.quantized_layers) for p in points}
-    if not points:
+
+    def deepest(packed: bool) -> int:
+        depths = range(layers, 1, -1)
+        return next((d for d in depths if _fits((d, d if packed else 0), points, growth, prior)), 0)
+
+    if stage == 0:
         return (1, 1)
-    if (1, 0) not in done:
+    if not points:
+        return None
+    if stage == 1:
         return (1, 0) if _fits((1, 0), points, growth, prior) else None
-    middle = (layers + 1) // 2
-    for a_share, depths in ((1, (middle,)), (1, range(layers, 1, -1)), (0, range(layers, 1, -1))):
-        fitting = [(d, d * a_share) for d in depths if _fits((d, d * a_share), points, growth, prior)]
-        if a_share and any(p.depth > 1 and p.quantized_layers for p in points) and depths == (middle,):
-            continue
-        if fitting and fitting[0] not in done and not _has_deeper(points, fitting[0]):
-            return fitting[0]
-    return None
-
-
-def _has_deeper(points: list[ProbePoint], setting: tuple[int, int]) -> bool:
-    depth, quantized = setting
-    return any(
-        p.depth >= depth and (p.quantized_layers > 0) == (quantized > 0) for p in points if p.depth > 1
-    )
+    if stage == 2:
+        middle = (deepest(packed=True) + 1) // 2
+        return (middle, middle) if middle > 1 else None
+    depth = deepest(packed=stage == 3)
+    setting = (depth, depth if stage == 3 else 0)
+    return setting if depth and setting not in {(p.depth, p.quantized_layers) for p in points} else None
 
 
 def _fits(setting: tuple[int, int], points: list[ProbePoint], growth: float | None, prior: Fit) -> bool:
-    """By the counted model, scaled to the measured points where they were above it."""
+    """By the counted model, scaled up where a measured point was above it."""
     if growth is None:
         return True
-    worst = max(p.peak_mb / max(1e-6, peak_mb(prior, p.depth, p.quantized_layers)) for p in points)
-    return peak_mb(prior, *setting) * worst <= _MARGIN * growth
+    ratios = [p.peak_mb / peak_mb(prior, p.depth, p.quantized_layers) for p in points]
+    return peak_mb(prior, *setting) * max(1.0, *ratios) <= _MARGIN * growth
 
 
 def _measure(
@@ -150,7 +145,7 @@ def _measure(
             check=watch, report=lambda *_: None,
         )  # fmt: skip
     except Exception as error:
-        if not (isinstance(error, OutOfMemory) or is_out_of_memory(error)):
+        if not (isinstance(error, MemoryLimitError) or is_out_of_memory(error)):
             raise
         _log.warning("probe of depth %d, %d quantized: out of memory", depth, quantized)
         return None

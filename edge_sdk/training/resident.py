@@ -18,7 +18,7 @@ from edge_sdk.protocol.trainer import Setup
 from edge_sdk.training.allocator import trim
 from edge_sdk.training.base import compute_device
 from edge_sdk.training.batches import Rows, load_tokenizer, tokenize_rows
-from edge_sdk.training.failures import OutOfMemory
+from edge_sdk.training.failures import MemoryLimitError
 from edge_sdk.training.loop import Batch, train
 from edge_sdk.training.memory import Meter, limit_growth
 from edge_sdk.training.model import load_model
@@ -53,7 +53,7 @@ class Resident:
         self._limit_mb: float | None = None
         self._settled = False
         self._rows: dict[tuple[object, ...], Rows] = {}
-        self._features: tuple[str, Any, Any] | None = None
+        self._features: tuple[Rows, str, Any, Any] | None = None
         self.threads(setup)
         self.model = load_model(folder, setup.labels, setup.lora, self.device)
         self._touch()
@@ -93,7 +93,7 @@ class Resident:
     def settle(self, setup: Setup) -> None:
         """Measures the memory at rest and puts the setup's limit in force.
 
-        Raises OutOfMemory where the limit is below what the trainer holds at rest.
+        Raises MemoryLimitError where the limit is below what the trainer holds at rest.
         """
         if self._settled and setup.memory_mb == self._limit_mb:
             return
@@ -108,7 +108,7 @@ class Resident:
             return
         if self.rest_mb >= self._limit_mb:
             self._settled = False
-            raise OutOfMemory(
+            raise MemoryLimitError(
                 f"the trainer holds {self.rest_mb:.0f} MB at rest, with the model loaded; "
                 f"limits.memory_mb = {self._limit_mb:.0f} leaves nothing to train with",
                 f"set limits.memory_mb well above {self.rest_mb:.0f}, or take a smaller base model",
@@ -120,9 +120,9 @@ class Resident:
         return None if self._limit_mb is None or not self._enforce else self._limit_mb - self.rest_mb
 
     def check_limit(self, meter: Meter) -> None:
-        """Raises OutOfMemory where the process held more than its limit since ``meter`` was made."""
+        """Raises MemoryLimitError where the process held more than its limit since ``meter`` was made."""
         if self._limit_mb is not None and self._enforce and meter.highest_mb() > self._limit_mb:
-            raise OutOfMemory(
+            raise MemoryLimitError(
                 f"the trainer held {meter.highest_mb():.0f} MB, its limit is {self._limit_mb:.0f}",
                 "a smaller candidate may fit",
             )
@@ -164,12 +164,11 @@ class Resident:
 
         They hold as long as rows and LoRA values are the same, which head-only training leaves alone.
         """
-        key = f"{id(rows)} {self._lora_digest()}"
-        if self._features is None or self._features[0] != key:
-            self._features = (
-                key, torch.empty(len(rows), self.model.shape.hidden), torch.zeros(len(rows), dtype=torch.bool),
-            )  # fmt: skip
-        _, features, there = self._features
+        lora = self._lora_digest()
+        if self._features is None or self._features[0] is not rows or self._features[1] != lora:
+            empty = torch.empty(len(rows), self.model.shape.hidden)
+            self._features = (rows, lora, empty, torch.zeros(len(rows), dtype=torch.bool))
+        _, _, features, there = self._features
         missing = torch.unique(wanted[~there[wanted]])
         with torch.inference_mode():
             for chosen in missing.split(batch) if len(missing) else ():

@@ -129,7 +129,7 @@ class ActivationStore:
 
 
 def _rows(tensor: Any) -> Any:
-    """The whole storage of ``tensor`` as rows of at most ``GROUP`` values, or None where it is a part of one."""
+    """The storage of ``tensor`` as rows of at most ``GROUP`` values; None where it is but a part of one."""
     count = tensor.numel()
     if tensor.untyped_storage().nbytes() != count * tensor.element_size() or tensor.storage_offset():
         return None

@@ -5,20 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from edge_sdk.errors import ContainerError
 from edge_sdk.protocol.trainer import Train
 from edge_sdk.training.model import TunableModel
 from edge_sdk.updates.container import read_container
 from edge_sdk.updates.delta import write_update
-from edge_sdk.updates.keys import tuned_keys
+from edge_sdk.updates.keys import Adapter, tuned_keys
 from edge_sdk.updates.residual import add_owed, read_residual, write_residual
 from edge_sdk.updates.versions import read_adapter
 
 __all__ = ["Files", "Start", "write_results"]
-
-Adapter = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -41,7 +37,8 @@ class Start:
         versions = [Path(path) for path in request.versions]
         if not versions:
             raise ContainerError("the request names no version to start from")
-        header = read_container(versions[-1]).header
+        with read_container(versions[-1], "version") as container:
+            header = container.header
         if header.fingerprint != request.fingerprint or header.version is None:
             raise ContainerError(
                 f"{versions[-1].name} is not a version of this run", "its fingerprint is another one's"

@@ -1,0 +1,356 @@
+"""Requests and replies of the engine, through the trainer that runs inside this process."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.train
+
+from edge_sdk.protocol.model import LoraShape, ModelShape  # noqa: E402
+from edge_sdk.protocol.spec import Candidate, TrainSpec  # noqa: E402
+from edge_sdk.protocol.trainer import (  # noqa: E402
+    DataSource,
+    Describe,
+    Described,
+    Evaluate,
+    Evaluated,
+    Failed,
+    Probe,
+    Probed,
+    Progress,
+    Setup,
+    Train,
+    Trained,
+    TrainerReply,
+    TrainerRequest,
+)
+from edge_sdk.training.inline import InlineTrainer  # noqa: E402
+from edge_sdk.training.words import MECHANISMS  # noqa: E402
+from edge_sdk.updates.container import read_container  # noqa: E402
+from edge_sdk.updates.initial import initial_adapter  # noqa: E402
+from edge_sdk.updates.keys import tuned_keys  # noqa: E402
+from edge_sdk.updates.versions import read_adapter, write_version  # noqa: E402
+
+LABELS = ("colour", "number", "animal", "plant")
+LORA = LoraShape(rank=4, alpha=8.0)
+PRINT = "0" * 64
+
+
+class Bench:
+    """An inline trainer, a setup and a version 0 to train from."""
+
+    def __init__(self, base: Path, rows: Path, folder: Path) -> None:
+        self.folder = folder
+        self.replies: list[TrainerReply] = []
+        self.trainer = InlineTrainer(threaded=False)
+        self.trainer.start(self.replies.append)
+        self.setup = Setup(
+            base=str(base), labels=LABELS, max_length=12, micro_batch=8, lora=LORA, threads=1,
+            spec=TrainSpec(learning_rate=5e-3, head_learning_rate=2e-2), data=DataSource(path=str(rows)),
+        )  # fmt: skip
+        self.shape: ModelShape | None = None
+
+    def ask(self, request: TrainerRequest) -> Any:
+        self.replies.clear()
+        self.trainer.request(request)
+        *progress, last = self.replies
+        assert all(isinstance(reply, Progress) for reply in progress)
+        for reply in self.replies:
+            msgspec.json.encode(reply)
+        return last
+
+    def describe(self) -> Described:
+        reply = self.ask(Describe(id=1, setup=self.setup))
+        assert isinstance(reply, Described), reply
+        self.shape = reply.shape
+        return reply
+
+    def version(self, number: int = 0, name: str = "v0") -> Path:
+        shape = self.shape or self.describe().shape
+        path = self.folder / f"{name}.safetensors"
+        write_version(
+            path, run="r", round=0, number=number, fingerprint=PRINT,
+            adapter=initial_adapter(shape, LORA, seed=2), codec="fp32",
+        )  # fmt: skip
+        return path
+
+    def train(self, name: str = "out", **changes: Any) -> Any:
+        candidate = {"id": "c", "depth": 2, "micro_batch": 8, "max_length": 12, "steps": 6}
+        candidate.update(changes.pop("candidate", {}))
+        fields: dict[str, Any] = {
+            "id": 2, "setup": self.setup, "run": "r", "round": 1, "device": "d1", "fingerprint": PRINT,
+            "candidate": Candidate(**candidate), "spec": self.setup.spec, "versions": (str(self.version()),),
+            "folder": str(self.folder / name),
+        }  # fmt: skip
+        return self.ask(Train(**{**fields, **changes}))
+
+
+@pytest.fixture
+def bench(tiny: dict[str, Path], rows_file: Path, tmp_path: Path) -> Iterator[Bench]:
+    bench = Bench(tiny["bert"], rows_file, tmp_path)
+    yield bench
+    bench.trainer.close()
+
+
+def test_describe(bench: Bench) -> None:
+    reply = bench.describe()
+    assert reply.shape.layers == 3 and reply.device == "cpu" and reply.samples == 96
+    assert sum(reply.label_counts) == 96 and len(reply.label_counts) == 4
+    assert reply.mechanisms == MECHANISMS and reply.rest_mb > 50
+    assert Path(reply.base).is_absolute()
+    assert bench.trainer.loaded
+
+
+def test_what_is_offered_by_default_is_had_here() -> None:
+    assert TrainSpec().needs() | Candidate(id="c", depth=1, quantized_layers=1).needs() <= set(MECHANISMS)
+
+
+def test_train_writes_the_update_of_the_tuned_layers(bench: Bench) -> None:
+    reply = bench.train()
+    assert isinstance(reply, Trained), reply
+    assert reply.samples == 96 and reply.measured.steps == 6 and reply.measured.step_s > 0
+    assert reply.residual is not None
+    assert bench.shape is not None
+    with read_container(Path(reply.update), "update") as update:
+        assert update.header.builds_on == 0 and update.header.codec == "int8"
+        assert set(update.parts) == set(tuned_keys(bench.shape, 2))
+        assert all(np.abs(update.tensor(key)).max() > 0 for key in update.parts)
+
+
+def test_the_same_key_gives_the_same_bytes(bench: Bench) -> None:
+    data = [
+        Path(bench.train(name, **changes).update).read_bytes()
+        for name, changes in (("a", {}), ("b", {"device": "d2"}), ("c", {}), ("d", {"round": 2}))
+    ]
+    assert data[0] == data[2]
+    assert data[0] != data[1]
+    header = {
+        "candidate": {"codec": "fp32"},
+        "spec": msgspec.structs.replace(bench.setup.spec, error_feedback=False),
+    }
+    rounds = []
+    for number in (1, 2):
+        with read_container(Path(bench.train(f"r{number}", round=number, **header).update)) as update:
+            rounds.append(update.tensor("dense.classifier.weight"))
+    assert (rounds[0] != rounds[1]).any()
+
+
+def test_it_learns_and_the_quantized_store_does_no_harm(bench: Bench) -> None:
+    losses = {}
+    for quantized in (0, 3):
+        candidate = {"depth": 3, "quantized_layers": quantized, "steps": 40}
+        measured = bench.train(f"q{quantized}", candidate=candidate).measured
+        losses[quantized] = (measured.loss_first, measured.loss_last)
+    assert losses[0][0] == losses[3][0]
+    assert losses[0][1] < 0.2 and losses[3][1] < 0.2
+
+
+def test_the_trained_version_evaluates_better(bench: Bench) -> None:
+    first = bench.version()
+    before = bench.ask(Evaluate(id=3, setup=bench.setup, versions=(str(first),)))
+    spec = msgspec.structs.replace(bench.setup.spec, error_feedback=False)
+    reply = bench.train(candidate={"depth": 3, "steps": 40, "codec": "fp32"}, spec=spec)
+    assert reply.residual is None
+    adapter = read_adapter([first])
+    with read_container(Path(reply.update)) as update:
+        for key in update.parts:
+            adapter[key] = adapter[key] + update.tensor(key)
+    path = bench.folder / "v1.safetensors"
+    write_version(path, run="r", round=1, number=1, fingerprint=PRINT, adapter=adapter)
+    after = bench.ask(Evaluate(id=4, setup=bench.setup, versions=(str(path),)))
+    assert isinstance(before, Evaluated) and isinstance(after, Evaluated)
+    assert after.examples == 96 and before.accuracy < 0.6 and after.accuracy > 0.95
+    assert after.loss < before.loss
+
+
+def test_the_head_alone_learns_from_cached_features(bench: Bench) -> None:
+    reply = bench.train(candidate={"depth": 0, "steps": 60})
+    assert isinstance(reply, Trained), reply
+    assert reply.measured.loss_last < reply.measured.loss_first
+    with read_container(Path(reply.update)) as update:
+        assert set(update.parts) == {"dense.classifier.weight", "dense.classifier.bias"}
+    resident = bench.trainer._engine._resident  # type: ignore[union-attr]
+    assert resident is not None
+    encode, calls = resident.model.encode, []
+    resident.model.encode = lambda *a: calls.append(1) or encode(*a)  # type: ignore[func-returns-value]
+    again = bench.train("again", candidate={"depth": 0, "steps": 60})
+    assert not calls
+    assert Path(again.update).read_bytes() == Path(reply.update).read_bytes()
+
+
+def test_the_head_alone_is_the_whole_model_with_nothing_else_tuned(bench: Bench) -> None:
+    bench.version()
+    resident = bench.trainer._engine._resident  # type: ignore[union-attr]
+    assert resident is not None
+    rows = resident.rows(bench.setup)
+    ids, mask, _ = next(resident.in_order(rows, 8))
+    with torch.inference_mode():
+        whole = resident.model.net(input_ids=ids, attention_mask=mask).logits
+        assert torch.allclose(whole, resident.model.logits(ids, mask), atol=1e-6)
+
+
+def test_residual_and_owed_updates_are_carried_on(bench: Bench) -> None:
+    first = bench.train("first")
+    again = bench.train("again", residual=first.residual, owed=(first.update,))
+    plain = bench.train("plain")
+    key = "dense.classifier.weight"
+    sent = []
+    for reply in (plain, again):
+        with read_container(Path(reply.update)) as update, read_container(Path(reply.residual)) as left:
+            sent.append(update.tensor(key) + left.tensor(key))
+    with read_container(Path(first.update)) as update, read_container(Path(first.residual)) as left:
+        owed = update.tensor(key) + left.tensor(key)
+    assert np.allclose(sent[1], sent[0] + owed, atol=1e-6)
+
+
+def test_accumulated_batches_count_as_one(bench: Bench) -> None:
+    spec = msgspec.structs.replace(bench.setup.spec, error_feedback=False)
+    tensors = []
+    for name, batch, accumulation in (("one", 8, 1), ("two", 4, 2)):
+        candidate = {"micro_batch": batch, "accumulation": accumulation, "codec": "fp32", "steps": 3}
+        with read_container(Path(bench.train(name, candidate=candidate, spec=spec).update)) as update:
+            tensors.append(update.tensor("dense.classifier.weight"))
+    assert np.allclose(*tensors, atol=1e-3)
+
+
+def test_probe_gives_a_fit(bench: Bench) -> None:
+    reply = bench.ask(Probe(id=5, setup=bench.setup))
+    assert isinstance(reply, Probed), reply
+    assert [(p.depth, p.quantized_layers) for p in reply.fit.probes] == [
+        (1, 1),
+        (1, 0),
+        (2, 2),
+        (3, 3),
+        (3, 0),
+    ]
+    assert reply.fit.micro_batch == 8 and reply.fit.max_length == 12 and "torch" in reply.fit.machine
+
+
+@pytest.mark.parametrize(
+    ("change", "cause", "says"),
+    [
+        ({"base": "/nowhere/model"}, "base", "no such folder"),
+        ({"device": "cuda:7"}, "base", "CUDA"),
+        ({"labels": ("colour", "number")}, "data", "row 2"),
+        ({"data": DataSource(path="/nowhere/rows.csv")}, "data", "rows.csv"),
+        ({"max_length": 512}, "base", "512"),
+        ({"spec": TrainSpec(attention="eager")}, "mechanism", "attention:eager"),
+        ({"spec": TrainSpec(dropout=0.1)}, "mechanism", "dropout"),
+        ({"lora": LoraShape(targets=("nope",))}, "base", "nope"),
+    ],
+)
+def test_what_cannot_be_done_says_why(bench: Bench, change: dict[str, Any], cause: str, says: str) -> None:
+    reply = bench.ask(Describe(id=9, setup=msgspec.structs.replace(bench.setup, **change)))
+    assert isinstance(reply, Failed), reply
+    assert (reply.id, reply.cause) == (9, cause)
+    assert says in reply.message and reply.hint and "\n" not in reply.message
+
+
+def test_a_hub_id_that_cannot_be_had_names_the_command(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    reply = bench.ask(Describe(id=9, setup=msgspec.structs.replace(bench.setup, base="some/model")))
+    assert isinstance(reply, Failed) and reply.cause == "base"
+    assert "some/model" in reply.message and "hf download some/model" in reply.hint
+
+
+def test_a_mechanism_that_is_not_had_is_named(bench: Bench) -> None:
+    reply = bench.train(candidate={"quantized_layers": 1, "activation_bits": 2, "codec": "int3"})
+    assert isinstance(reply, Failed) and reply.cause == "mechanism"
+    assert "activation:int2, codec:int3" in reply.message
+
+
+def test_altered_and_foreign_containers(bench: Bench) -> None:
+    path = bench.version()
+    reply = bench.train(fingerprint="1" * 64)
+    assert isinstance(reply, Failed) and reply.cause == "container"
+    bad = bench.folder / "bad.safetensors"
+    bad.write_bytes(path.read_bytes()[:-100])
+    reply = bench.train(versions=(str(bad),))
+    assert isinstance(reply, Failed) and reply.cause == "container"
+    assert isinstance(bench.train(), Trained)
+
+
+def test_the_unexpected_names_its_type(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.version()
+
+    def explode(*args: Any, **kwargs: Any) -> None:
+        raise ZeroDivisionError("odd")
+
+    monkeypatch.setattr("edge_sdk.training.loop.RoundOptimizer", explode)
+    reply = bench.train()
+    assert isinstance(reply, Failed) and reply.cause == "internal"
+    assert reply.message == "ZeroDivisionError: odd"
+
+
+def test_a_missing_package_names_the_extra(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "edge_sdk.training.resident", None)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    for module in ("edge_sdk.training.resident", "edge_sdk.training.model"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    reply = bench.ask(Describe(id=9, setup=bench.setup))
+    assert isinstance(reply, Failed) and reply.cause == "extra"
+    assert "peft" in reply.message and "edge-sdk[train]" in reply.hint
+
+
+def test_interrupt_ends_the_training_and_the_trainer_goes_on(
+    tiny: dict[str, Path], rows_file: Path, tmp_path: Path
+) -> None:
+    bench = Bench(tiny["bert"], rows_file, tmp_path)
+    version = bench.version()
+    bench.trainer.close()
+    done: list[TrainerReply] = []
+    seen = threading.Event()
+    ended = threading.Event()
+
+    def deliver(reply: TrainerReply) -> None:
+        if isinstance(reply, Progress):
+            if reply.stage == "training":
+                seen.set()
+        else:
+            done.append(reply)
+            ended.set()
+
+    trainer = InlineTrainer()
+    trainer.start(deliver)
+    request = Train(
+        id=5, setup=bench.setup, run="r", round=1, device="d", fingerprint=PRINT, spec=bench.setup.spec,
+        candidate=Candidate(id="c", depth=3, micro_batch=8, max_length=12, steps=100_000),
+        versions=(str(version),), folder=str(tmp_path / "long"),
+    )  # fmt: skip
+    trainer.request(request)
+    assert seen.wait(60)
+    trainer.interrupt()
+    assert ended.wait(60)
+    assert isinstance(done[0], Failed) and done[0].cause == "interrupted"
+    assert not (tmp_path / "long" / "update.safetensors").exists()
+    ended.clear()
+    short = msgspec.structs.replace(
+        request, id=6, candidate=msgspec.structs.replace(request.candidate, steps=2)
+    )
+    trainer.request(short)
+    assert ended.wait(60)
+    assert isinstance(done[1], Trained)
+    trainer.close()
+
+
+def test_rows_are_read_again_when_the_file_changed(bench: Bench, tmp_path: Path) -> None:
+    path = tmp_path / "own.jsonl"
+    path.write_text(json.dumps({"text": "red", "label": "colour"}) + "\n")
+    bench.setup = msgspec.structs.replace(bench.setup, data=DataSource(path=str(path)))
+    assert bench.describe().samples == 1
+    with path.open("a") as file:
+        file.write(json.dumps({"text": "two", "label": "number"}) + "\n")
+    assert bench.describe().label_counts == (1, 1, 0, 0)

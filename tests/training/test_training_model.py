@@ -1,0 +1,142 @@
+"""The resident model: structure, exact adapters, depth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.train
+
+from edge_sdk.errors import BaseModelError, ContainerError  # noqa: E402
+from edge_sdk.protocol.model import LoraShape  # noqa: E402
+from edge_sdk.protocol.spec import TrainSpec  # noqa: E402
+from edge_sdk.training.model import TunableModel, load_model  # noqa: E402
+from edge_sdk.training.optimizer import RoundOptimizer  # noqa: E402
+from edge_sdk.updates.initial import initial_adapter  # noqa: E402
+from edge_sdk.updates.keys import all_keys, tuned_keys  # noqa: E402
+
+LORA = LoraShape(rank=4, alpha=8.0)
+HEADS = {
+    "bert": {"classifier.weight", "classifier.bias"},
+    "bert-no-pooler": {
+        "classifier.weight", "classifier.bias", "bert.pooler.dense.weight", "bert.pooler.dense.bias",
+    },
+    "roberta": {
+        "classifier.dense.weight", "classifier.dense.bias", "classifier.out_proj.weight",
+        "classifier.out_proj.bias",
+    },
+    "distilbert": {"pre_classifier.weight", "pre_classifier.bias", "classifier.weight", "classifier.bias"},
+}  # fmt: skip
+
+
+def _load(folder: Path) -> TunableModel:
+    return load_model(folder, ("a", "b", "c"), LORA, "cpu")
+
+
+@pytest.mark.parametrize("family", HEADS)
+def test_shape_of_each_family(tiny: dict[str, Path], family: str) -> None:
+    model = _load(tiny[family])
+    shape = model.shape
+    assert (shape.layers, shape.hidden, shape.intermediate, shape.heads) == (3, 32, 64, 4)
+    assert {part.name for part in shape.dense} == HEADS[family]
+    assert sorted((m.inputs, m.outputs) for m in shape.modules) == [(32, 32)] * 4 + [(32, 64), (64, 32)]
+    assert not any("pooler" in m.name for m in shape.modules)
+    assert tuple(model.parts) == all_keys(shape)
+
+
+@pytest.mark.parametrize("family", HEADS)
+def test_an_adapter_set_and_read_back_is_the_same_to_the_bit(tiny: dict[str, Path], family: str) -> None:
+    model = _load(tiny[family])
+    adapter = initial_adapter(model.shape, LORA, seed=3)
+    for key in adapter:
+        if key.endswith(".B"):
+            adapter[key] = adapter[key] + 0.25
+    model.set_adapter(adapter)
+    back = model.adapter()
+    assert back.keys() == adapter.keys()
+    for key, value in adapter.items():
+        assert back[key].dtype == value.dtype and back[key].shape == value.shape
+        assert (back[key] == value).all()
+
+
+def test_an_adapter_of_another_model_is_refused(tiny: dict[str, Path]) -> None:
+    model = _load(tiny["bert"])
+    adapter = model.adapter()
+    value = adapter.pop("dense.classifier.bias")
+    with pytest.raises(ContainerError, match=r"dense\.classifier\.bias"):
+        model.set_adapter(adapter)
+    with pytest.raises(ContainerError, match="is \\(1, 2\\)"):
+        model.set_adapter({**adapter, "dense.classifier.bias": value[:, :2]})
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_nothing_frozen_moves_and_has_no_state(tiny: dict[str, Path], family: str) -> None:
+    model = _load(tiny[family])
+    model.set_adapter({k: v + 0.01 for k, v in initial_adapter(model.shape, LORA, seed=1).items()})
+    ids = torch.tensor([[2, 5, 6, 7]])
+    frozen_base = {n: p.detach().clone() for n, p in model.net.named_parameters() if "lora" not in n}
+    for depth in (2, 0, 3, 1):
+        before = model.adapter()
+        tuned = model.set_depth(depth)
+        assert tuple(tuned) == tuned_keys(model.shape, depth)
+        optimizer = RoundOptimizer(model, tuned, TrainSpec(weight_decay=0.1))
+        for _ in range(2):
+            torch.nn.functional.cross_entropy(
+                model.logits(ids, torch.ones_like(ids)), torch.tensor([1])
+            ).backward()
+            optimizer.step()
+        after = model.adapter()
+        moved = {key for key in after if (after[key] != before[key]).any()}
+        assert moved == set(tuned)
+        assert len(optimizer._inner.state) == len(tuned)
+    for name, parameter in model.net.named_parameters():
+        if name in frozen_base and f"dense.{name}" not in model.parts:
+            assert torch.equal(parameter, frozen_base[name]), name
+
+
+def test_lora_below_the_tuned_layers_still_counts(tiny: dict[str, Path]) -> None:
+    model = _load(tiny["bert"])
+    ids = torch.tensor([[2, 5, 6, 7]])
+    model.set_depth(1)
+    plain = model.logits(ids, torch.ones_like(ids))
+    with torch.no_grad():
+        model.parts["0.attention.self.query.B"].fill_(0.5)
+        model.parts["0.attention.self.value.B"].fill_(0.5)
+    assert not torch.allclose(plain, model.logits(ids, torch.ones_like(ids)))
+
+
+def test_pickled_weights_are_refused(tiny: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((tiny["bert"] / "config.json").read_text())
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80")
+    with pytest.raises(BaseModelError, match=r"pytorch_model\.bin"):
+        _load(tmp_path)
+
+
+def test_an_unknown_structure_is_refused(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2Model
+
+    GPT2Model(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=32, pad_token_id=0)).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(BaseModelError, match="transformer layers"):
+        _load(tmp_path)
+
+
+def test_a_checkpoint_without_encoder_weights_is_refused(tiny: dict[str, Path], tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(tiny["bert"] / "model.safetensors")
+    kept = {n: t for n, t in tensors.items() if "layer.1.output.dense" not in n}
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text((tiny["bert"] / "config.json").read_text())
+    with pytest.raises(BaseModelError, match=r"layer\.1\.output\.dense"):
+        _load(tmp_path)
+
+
+def test_targets_by_name(tiny: dict[str, Path]) -> None:
+    model = load_model(tiny["roberta"], ("a", "b"), LoraShape(rank=2, targets=("query", "value")), "cpu")
+    assert [m.name for m in model.shape.modules] == ["attention.self.query", "attention.self.value"]
+    with pytest.raises(BaseModelError, match="'qkv'"):
+        load_model(tiny["roberta"], ("a", "b"), LoraShape(targets=("qkv",)), "cpu")
