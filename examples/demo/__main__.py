@@ -68,7 +68,7 @@ class _Demo:
         )
         config = load_run_config(run_toml)
         with Children(self.out / "logs") as children:
-            children.start("server", [*AGGREGATOR, "run", "--config", str(run_toml), "--json"])
+            children.start("server", [AGGREGATOR, "run", "--config", str(run_toml), "--json"])
             described = self._rest(config)
             self.say(f"a resting trainer holds {described.rest_mb:.0f} MB on this machine")
             self._until_broker(children)
@@ -82,14 +82,14 @@ class _Demo:
                     broker=self.story.broker_url,
                     rest_mb=described.rest_mb,
                 )
-                command = [*AGENT, "run", "--config", str(tomls[device.id]), "--once", "--json"]
+                command = [AGENT, "run", "--config", str(tomls[device.id]), "--once", "--json"]
                 children.start(device.id, command)
             for said in children.events(timeout_s=_LONGEST_S):
                 self._show(self.story.feed(said))
         wall_s = time.monotonic() - self.began
-        self._command([*AGGREGATOR, "export", "--config", str(run_toml), "--out", str(self.out / "adapter")])
+        self._command([AGGREGATOR, "export", "--config", str(run_toml), "--out", str(self.out / "adapter")])
         status = {
-            device: json.loads(self._command([*AGENT, "status", "--config", str(toml), "--json"]))
+            device: json.loads(self._command([AGENT, "status", "--config", str(toml), "--json"]))
             for device, toml in tomls.items()
         }
         summary = summarise(
@@ -156,7 +156,7 @@ class _Demo:
     def _command(self, command: list[str]) -> str:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise ChildError(f"{' '.join(command[2:5])} ended with {done.returncode}: {done.stderr.strip()}")
+            raise ChildError(f"{' '.join(command[:2])} ended with {done.returncode}: {done.stderr.strip()}")
         return done.stdout
 
     def _show(self, line: str | None) -> None:

@@ -14,6 +14,7 @@ import queue
 import signal
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,8 +25,8 @@ from typing import Any
 
 __all__ = ["AGENT", "AGGREGATOR", "Child", "ChildError", "Children", "Said"]
 
-AGENT = (sys.executable, "-m", "edge_sdk.cli.main")
-AGGREGATOR = (sys.executable, "-m", "aggregator.cli.main")
+AGENT = str(Path(sysconfig.get_path("scripts")) / "edge-agent")
+AGGREGATOR = str(Path(sysconfig.get_path("scripts")) / "edge-aggregator")
 
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None

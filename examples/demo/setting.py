@@ -48,8 +48,8 @@ class Device:
 
 DEVICES = (
     Device("jetson-agx-orin-64gb"),
-    Device("jetson-orin-nano-8gb", memory_above_rest_mb=60.0),
-    Device("raspberry-pi-5", uplink_kbps=200.0),
+    Device("jetson-orin-nano-8gb", memory_above_rest_mb=52.0),
+    Device("raspberry-pi-5", uplink_kbps=120.0),
 )
 
 
