@@ -118,10 +118,10 @@ class Intake:
             return True
 
     def settle(self, now: float) -> None:
-        """Takes in what is complete, and tells the others how far they are."""
+        """Tells every sender how far it is, and takes in what is complete."""
+        self._uploads.tell()
         for upload in self._uploads.complete():
             self._finish(upload, now)
-        self._uploads.tell()
 
     def on_missed(self, devices: list[str]) -> None:
         """The round closed without these: who is still sending need not go on."""

@@ -47,6 +47,8 @@ __all__ = ["Aggregator", "Stop"]
 
 _LONGEST_S = 60.0
 _SAVE_S = 2.0
+_BATCH = 256
+"""Events handled before time is looked at again: a flood does not stop the clock."""
 _GIVE_UP_S = 30.0
 """A broker that was never reached is an error after so long; one that was is waited for for ever."""
 
@@ -300,14 +302,16 @@ class Aggregator:
 
     def step(self, wait_s: float = 0.0) -> bool:
         """Handles what is in the inbox, waiting at most ``wait_s`` for the first; whether there was any."""
-        handled = False
+        handled = 0
         with contextlib.suppress(queue.Empty):
             event = self._inbox.get(timeout=wait_s) if wait_s > 0 else self._inbox.get_nowait()
             while not self.done:
-                handled = True
+                handled += 1
                 self.handle(event)
+                if handled >= _BATCH:
+                    break
                 event = self._inbox.get_nowait()
-        return handled
+        return handled > 0
 
     def handle(self, event: Inbound | Connection | TrainerReply | Stop) -> None:
         """Takes one event. Never raises for what a device sent; an error of our own ends the server."""

@@ -117,7 +117,7 @@ class Uploads:
     def tell(self) -> None:
         """Tells every device whose upload moved what is held: one record for all chunks of a batch."""
         for device, upload in self._uploads.items():
-            if not upload.told and not upload.receiver.complete:
+            if not upload.told:
                 upload.told = self._send(device, upload.receiver.have(device, upload.window))
 
     def finish(self, upload: Upload) -> Path:

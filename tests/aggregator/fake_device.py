@@ -406,9 +406,13 @@ class FakeDevice:
             ),
         )
         self.announce = self.alter_announce(announce)
-        name = transfer_id("edge", self.name, f"up/{offer.run}/{offer.round}", digest)
-        self.sender = ObjectSender(name, self.store.path(digest), size, self.announce.chunk_bytes)
+        self.sender = self.sender_of(announce)
         return self.announce
+
+    def sender_of(self, announce: Announce) -> ObjectSender:
+        name = transfer_id("edge", self.name, f"up/{announce.run}/{announce.round}", announce.object)
+        path = self.store.path(announce.object)
+        return ObjectSender(name, path, announce.bytes, announce.chunk_bytes)
 
     def _train(self) -> None:
         self.prepare(self.make_update())
@@ -483,7 +487,7 @@ class World:
                 self.server.tick()
             for device in self.devices:
                 busy = device.pump() or busy
-            if not busy and (self.server is None or self.server._inbox.empty()):
+            if not busy and (self.server is None or self.server.done or self.server._inbox.empty()):
                 return
         raise AssertionError("it never comes to rest")
 
