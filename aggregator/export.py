@@ -25,7 +25,8 @@ def export_peft(
 ) -> Path:
     """Writes the version that the chain ``versions`` leads to; replaces an older folder.
 
-    ``base``: where the base model lies, for the adapter's config. Raises ContainerError.
+    ``base``: where the base model lies, for the adapter's config. Raises ContainerError
+    for versions that are damaged or not of this run.
     """
     lines = [
         "## The run",
@@ -38,7 +39,7 @@ def export_peft(
     ]
     return write_peft(
         folder,
-        read_adapter(versions),
+        read_adapter(versions, run.fingerprint.digest),
         shape=run.shape,
         lora=run.lora,
         base=base,

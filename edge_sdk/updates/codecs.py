@@ -78,7 +78,9 @@ def _decode_int8(encoded: Encoded) -> Floats:
 CODECS = {
     codec.name: codec
     for codec in (
-        Codec("fp32", 32, "F32", False, lambda rows: Encoded(rows, None), lambda e: e.values),
+        Codec(
+            "fp32", 32, "F32", False, lambda rows: Encoded(rows, None), lambda e: e.values.astype(np.float32)
+        ),
         Codec("fp16", 16, "F16", False, _encode_fp16, lambda e: e.values.astype(np.float32)),
         Codec("int8", 8, "I8", True, _encode_int8, _decode_int8),
     )

@@ -38,10 +38,11 @@ def write_version(
     return {key: before[key] + decoded[key] for key in adapter}
 
 
-def read_adapter(paths: Sequence[Path]) -> Adapter:
+def read_adapter(paths: Sequence[Path], fingerprint: str | None = None) -> Adapter:
     """The adapter that a chain leads to: a full version first, then deltas in order.
 
-    Raises ContainerError for a chain that is empty, broken, mixed of runs, or begins with a delta.
+    Raises ContainerError for a chain that is empty, broken, mixed of runs, begins with a delta, or, where
+    one is given, has another ``fingerprint``.
     """
     if not paths:
         raise ContainerError("a chain of no versions leads to no adapter")
@@ -56,11 +57,12 @@ def read_adapter(paths: Sequence[Path]) -> Adapter:
                     f"{path.name} builds on version {header.builds_on}, the chain has reached {held}",
                     "fetch the versions between them",
                 )
-            origin = origin or (header.run, header.fingerprint)
+            origin = origin or (header.run, fingerprint or header.fingerprint)
             if (header.run, header.fingerprint) != origin:
                 raise ContainerError(
-                    f"{path.name} is of run {header.run!r}, the chain before it of {origin[0]!r}",
-                    "runs of one name differ in their fingerprint",
+                    f"{path.name} is of run {header.run!r} with fingerprint {header.fingerprint[:12]}, "
+                    f"what it belongs to of {origin[0]!r} with {origin[1][:12]}",
+                    "a version serves only the run that made it",
                 )
             if header.version is None:
                 raise ContainerError(f"{path.name} is a version without a number")

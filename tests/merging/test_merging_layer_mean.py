@@ -7,6 +7,8 @@ import random
 import msgspec
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from updates_fakes import FINGERPRINT, LORA, SHAPE, moved
 
 from aggregator.merging.base import Contribution
@@ -108,3 +110,133 @@ def test_a_part_that_the_adapter_has_not_is_refused(tmp_path, start):
     write_container(tmp_path / "x", header, rows)
     with pytest.raises(ContainerError, match="x has a part"):
         LayerMean().merge(start, [Contribution(tmp_path / "x", "x", 1)])
+
+
+def one_part(
+    path, key, values, *, device="a", round=1, slots=None, samples=10, weight=1.0, fingerprint=FINGERPRINT
+):
+    rows = {key: np.asarray(values, np.float32)}
+    header = header_for("update", rows, "fp32", run="r", round=round, fingerprint=fingerprint, builds_on=0)
+    if slots is not None:
+        part = msgspec.structs.replace(header.parts[0], slots=slots)
+        header = msgspec.structs.replace(header, parts=(part,))
+    write_container(path, header, rows)
+    return Contribution(path, device, samples, weight)
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_any_fleet_in_any_order_is_the_weighted_mean_of_each_row(tmp_path_factory, data):
+    """An oracle that fills a dense table of every device and row, against the merge, to the last bits."""
+    folder = tmp_path_factory.mktemp("fleet")
+    key, rank, width = "0.m.A", 4, 3
+    current = {key: np.linspace(-1, 1, rank * width, dtype=np.float32).reshape(rank, width)}
+    table = np.zeros((rank, width))
+    weights = np.zeros(rank)
+    made = []
+    for number in range(data.draw(st.integers(1, 5))):
+        slots = data.draw(
+            st.none() | st.sets(st.integers(0, rank - 1), min_size=1).map(lambda s: tuple(sorted(s)))
+        )
+        samples, weight = data.draw(st.integers(1, 1000)), data.draw(st.sampled_from([0.0, 0.25, 1.0]))
+        held = list(range(rank)) if slots is None else list(slots)
+        values = np.random.default_rng(number).normal(size=(len(held), width)).astype(np.float32)
+        for slot, row in zip(held, values, strict=True):
+            table[slot] += samples * weight * row.astype(np.float64)
+            weights[slot] += samples * weight
+        made.append(
+            one_part(
+                folder / str(number),
+                key,
+                values,
+                device=f"d{number}",
+                slots=slots,
+                samples=samples,
+                weight=weight,
+            )
+        )
+    merged = LayerMean().merge(current, made)[key]
+    for slot in range(rank):
+        if weights[slot] == 0:
+            assert merged[slot].tobytes() == current[key][slot].tobytes()
+        else:
+            want = current[key][slot] + table[slot] / weights[slot]
+            np.testing.assert_allclose(merged[slot], want, rtol=0, atol=3e-7)
+    shuffled = data.draw(st.permutations(made))
+    assert LayerMean().merge(current, shuffled)[key].tobytes() == merged.tobytes()
+
+
+def test_a_row_that_nobody_trained_keeps_its_bits(tmp_path):
+    current = {"0.m.A": np.full((2, 3), -0.0, np.float32)}
+    made = [one_part(tmp_path / "a", "0.m.A", [[1, 1, 1]], slots=(1,))]
+    merged = LayerMean().merge(current, made)["0.m.A"]
+    assert merged[0].tobytes() == current["0.m.A"][0].tobytes()
+
+
+def test_a_late_update_counts_beside_the_devices_newer_one_in_any_order(tmp_path):
+    current = {"0.m.A": np.zeros((1, 3), np.float32)}
+    late = one_part(tmp_path / "late", "0.m.A", [[1, 1, 1]], round=1, weight=0.5)
+    new = one_part(tmp_path / "new", "0.m.A", [[4, 4, 4]], round=2)
+    one = LayerMean().merge(current, [late, new])["0.m.A"]
+    np.testing.assert_allclose(one, 3.0)
+    assert one.tobytes() == LayerMean().merge(current, [new, late])["0.m.A"].tobytes()
+
+
+def test_no_update_counts_twice(tmp_path):
+    current = {"0.m.A": np.zeros((1, 3), np.float32)}
+    made = one_part(tmp_path / "a", "0.m.A", [[1, 1, 1]])
+    with pytest.raises(ContainerError, match="two updates of a for round 1"):
+        LayerMean().merge(current, [made, made])
+
+
+def test_updates_of_other_fingerprints_are_not_mixed(tmp_path):
+    current = {"0.m.A": np.zeros((1, 3), np.float32)}
+    made = [
+        one_part(tmp_path / "a", "0.m.A", [[1, 1, 1]], device="a"),
+        one_part(tmp_path / "b", "0.m.A", [[1, 1, 1]], device="b", fingerprint="cd" * 32),
+    ]
+    with pytest.raises(ContainerError, match="2 different fingerprints"):
+        LayerMean().merge(current, made)
+
+
+@pytest.mark.parametrize(
+    ("values", "slots"),
+    [([[1, 1, 1]], None), ([[1, 1]] * 2, None), ([[1, 1, 1]], (2,)), ([[1, 1, 1]] * 3, None)],
+)
+def test_parts_of_another_size_are_refused_and_never_broadcast(tmp_path, values, slots):
+    current = {"0.m.A": np.zeros((2, 3), np.float32)}
+    with pytest.raises(ContainerError, match=r"a part '0\.m\.A'"):
+        LayerMean().merge(current, [one_part(tmp_path / "a", "0.m.A", values, slots=slots)])
+
+
+@pytest.mark.parametrize(
+    ("samples", "weight"), [(0, 1.0), (-5, 1.0), (5, -1.0), (5, float("nan")), (5, float("inf"))]
+)
+def test_a_weight_that_makes_no_mean_is_refused(tmp_path, samples, weight):
+    with pytest.raises(ContainerError, match="cannot count"):
+        Contribution(tmp_path / "a", "a", samples, weight)
+
+
+def test_a_damaged_update_is_told_and_nothing_is_merged(tmp_path, start):
+    made = [contribute(tmp_path, start, "a", 1, 10), contribute(tmp_path, start, "b", 1, 10)]
+    data = made[1].path.read_bytes()
+    made[1].path.write_bytes(data[:-1])
+    with pytest.raises(ContainerError, match="b is no container"):
+        LayerMean().merge(start, made)
+
+
+def test_the_mean_of_factors_is_what_it_says_and_not_the_mean_of_products(tmp_path):
+    """A and B are averaged apart: the product that comes out differs from the mean product, by this much."""
+    current = {"0.m.A": np.zeros((1, 2), np.float32), "0.m.B": np.zeros((1, 2), np.float32)}
+    ends = {"a": ([[1.0, 0.0]], [[1.0, 0.0]]), "b": ([[0.0, 1.0]], [[0.0, 1.0]])}
+    made = []
+    for device, (a, b) in ends.items():
+        rows = {"0.m.A": np.asarray(a, np.float32), "0.m.B": np.asarray(b, np.float32)}
+        header = header_for("update", rows, "fp32", run="r", round=1, fingerprint=FINGERPRINT, builds_on=0)
+        write_container(tmp_path / device, header, rows)
+        made.append(Contribution(tmp_path / device, device, 10))
+    merged = LayerMean().merge(current, made)
+    product = merged["0.m.B"].T @ merged["0.m.A"]
+    mean_product = sum(np.asarray(b).T @ np.asarray(a) for a, b in ends.values()) / 2
+    np.testing.assert_allclose(product, np.full((2, 2), 0.25))
+    np.testing.assert_allclose(mean_product, np.eye(2) / 2)

@@ -134,7 +134,7 @@ CHANGES = {
 def test_an_altered_header_is_refused(written, what):
     path, _ = written
     rewrite(path, CHANGES[what])
-    with pytest.raises((ContainerError, MechanismError)):
+    with pytest.raises(ContainerError):
         read_container(path, "update")
 
 
@@ -189,7 +189,7 @@ def test_flipped_bytes_in_the_header_never_do_worse_than_a_refusal(tmp_path_fact
     try:
         with read_container(path, "update") as container:
             container.verify()
-    except (ContainerError, MechanismError):
+    except ContainerError:
         pass
 
 

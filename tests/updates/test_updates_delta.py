@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 from updates_fakes import FINGERPRINT, LORA, SHAPE, moved
 
 from edge_sdk.errors import ContainerError
 from edge_sdk.planning.cost import update_bytes, version_bytes
-from edge_sdk.updates.container import read_container
+from edge_sdk.protocol.model import DensePart, LoraModule, LoraShape
+from edge_sdk.updates.container import header_for, read_container, write_container
 from edge_sdk.updates.delta import write_update
 from edge_sdk.updates.initial import initial_adapter
 from edge_sdk.updates.keys import all_keys, tuned_keys
@@ -152,3 +154,98 @@ def test_predicted_bytes_of_a_version_are_those_of_the_file(tmp_path):
     version(tmp_path / "0", 0, initial_adapter(SHAPE, LORA, 0))
     real = (tmp_path / "0").stat().st_size
     assert abs(version_bytes(SHAPE, LORA) - real) <= max(0.02 * real, 64)
+
+
+@pytest.mark.parametrize("which", ["end", "residual"])
+def test_shapes_that_differ_are_refused_and_never_broadcast(tmp_path, which):
+    start = {"dense.w": np.zeros((2, 3), np.float32)}
+    odd = {"dense.w": np.zeros((1, 3), np.float32)}
+    end, residual = (odd, {}) if which == "end" else (start, odd)
+    with pytest.raises(ContainerError, match="have the shapes"):
+        update(tmp_path / "u", start, end, ["dense.w"], residual=residual)
+
+
+def test_nothing_that_was_handed_in_is_changed(tmp_path):
+    start = initial_adapter(SHAPE, LORA, 0)
+    keys = tuned_keys(SHAPE, 1)
+    end = moved(start, keys, 1)
+    residual = update(tmp_path / "a", start, end, keys, residual={})
+    copies = [{key: rows.copy() for key, rows in one.items()} for one in (start, end, residual)]
+    update(tmp_path / "b", start, end, keys, codec="fp32", residual=residual, round=2)
+    add_owed(residual, [tmp_path / "a"])
+    kept = version(tmp_path / "v", 0, start)
+    read_adapter([tmp_path / "v"])["dense.classifier.weight"][:] = 7
+    kept["dense.classifier.weight"][:] = 7
+    for one, copy in zip((start, end, residual), copies, strict=True):
+        for key, rows in copy.items():
+            np.testing.assert_array_equal(one[key], rows)
+
+
+def slots_update(path, key, values, slots):
+    rows = {key: np.asarray(values, np.float32)}
+    header = header_for("update", rows, "fp32", run="r", round=1, fingerprint=FINGERPRINT, builds_on=0)
+    part = msgspec.structs.replace(header.parts[0], slots=slots)
+    write_container(path, msgspec.structs.replace(header, parts=(part,)), rows)
+    return path
+
+
+def test_owed_slots_join_the_rows_that_they_are_of(tmp_path):
+    path = slots_update(tmp_path / "u", "0.m.A", [[1, 1], [2, 2]], (1, 3))
+    total = add_owed({"0.m.A": np.ones((4, 2), np.float32)}, [path])
+    np.testing.assert_array_equal(total["0.m.A"], [[1, 1], [2, 2], [1, 1], [3, 3]])
+    with pytest.raises(ContainerError, match="owes slots"):
+        add_owed({}, [path])
+    with pytest.raises(ContainerError, match="what it adds to is 3 x 2"):
+        add_owed({"0.m.A": np.ones((3, 2), np.float32)}, [path])
+
+
+def test_a_chain_of_two_runs_is_refused(tmp_path):
+    v0 = version(tmp_path / "0", 0, initial_adapter(SHAPE, LORA, 0))
+    write_version(
+        tmp_path / "1",
+        run="r",
+        round=1,
+        number=1,
+        fingerprint="cd" * 32,
+        adapter=v0,
+        parent=(0, v0),
+        codec="int8",
+    )
+    with pytest.raises(ContainerError, match="is of run"):
+        read_adapter([tmp_path / "0", tmp_path / "1"])
+    with pytest.raises(ContainerError, match="with cdcdcdcdcdcd"):
+        read_adapter([tmp_path / "0"], "cd" * 32)
+
+
+def test_a_delta_of_a_part_that_its_parent_has_not_is_refused(tmp_path):
+    v0 = version(tmp_path / "0", 0, initial_adapter(SHAPE, LORA, 0))
+    more = {"dense.more": np.ones((1, 2), np.float32)}
+    version(tmp_path / "1", 1, more, parent=(0, more))
+    with pytest.raises(ContainerError, match=r"dense\.more.*not in its parent"):
+        read_adapter([tmp_path / "0", tmp_path / "1"])
+    assert "dense.more" not in v0
+
+
+def test_predicted_bytes_hold_for_a_base_of_real_size(tmp_path):
+    modules = (
+        LoraModule(name="attention.self.query", inputs=384, outputs=384),
+        LoraModule(name="attention.self.key", inputs=384, outputs=384),
+        LoraModule(name="attention.self.value", inputs=384, outputs=384),
+        LoraModule(name="attention.output.dense", inputs=384, outputs=384),
+        LoraModule(name="intermediate.dense", inputs=384, outputs=1536),
+        LoraModule(name="output.dense", inputs=1536, outputs=384),
+    )
+    head = (
+        DensePart(name="classifier.weight", shape=(10, 384)),
+        DensePart(name="classifier.bias", shape=(10,)),
+    )
+    shape = msgspec.structs.replace(
+        SHAPE, layers=6, hidden=384, intermediate=1536, modules=modules, dense=head
+    )
+    lora = LoraShape(rank=8)
+    start = initial_adapter(shape, lora, 0)
+    for depth in (1, 4, 6):
+        for codec in ("int8", "fp32"):
+            update(tmp_path / "u", start, start, tuned_keys(shape, depth), codec=codec)
+            real = (tmp_path / "u").stat().st_size
+            assert update_bytes(shape, lora, depth, codec) == pytest.approx(real, rel=0.002)

@@ -1,0 +1,60 @@
+"""A version of a run as a PEFT folder, told by its card."""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from updates_fakes import FINGERPRINT, LORA, SHAPE, moved
+
+from aggregator.export import export_peft
+from edge_sdk.errors import ContainerError
+from edge_sdk.protocol.model import Fingerprint
+from edge_sdk.protocol.spec import TrainSpec
+from edge_sdk.protocol.wire import Run
+from edge_sdk.updates.initial import initial_adapter
+from edge_sdk.updates.keys import all_keys
+from edge_sdk.updates.versions import write_version
+
+RUN = Run(
+    run="paint", nonce="n1", base="some/base", labels=("red", "green", "blue"), max_length=64, micro_batch=8,
+    lora=LORA, spec=TrainSpec(), shape=SHAPE,
+    fingerprint=Fingerprint(
+        base=FINGERPRINT, tokenizer=FINGERPRINT, labels=FINGERPRINT, head="classification", max_length=64,
+        template=FINGERPRINT, targets=("all-linear",), rank=LORA.rank, alpha=LORA.alpha,
+    ),
+)  # fmt: skip
+
+
+def chain(folder):
+    """A full version and a delta to it; their paths, and what they lead to."""
+    common = {"run": RUN.run, "fingerprint": RUN.fingerprint.digest}
+    first = write_version(folder / "0", round=0, number=0, adapter=initial_adapter(SHAPE, LORA, 0), **common)
+    last = write_version(
+        folder / "1", round=1, number=1, adapter=moved(first, all_keys(SHAPE), 1), parent=(0, first),
+        codec="int8", **common,
+    )  # fmt: skip
+    return [folder / "0", folder / "1"], last
+
+
+def test_the_end_of_the_chain_is_exported_and_its_run_told(tmp_path):
+    versions, last = chain(tmp_path)
+    folder = export_peft(
+        tmp_path / "adapter", versions, RUN, base="some/base", number=1, rounds=1, accuracy=0.8125,
+        devices=("oak", "elm"),
+    )  # fmt: skip
+    tensors = load_file(folder / "adapter_model.safetensors")
+    name = "base_model.model.bert.encoder.layer.1.output.dense.lora_B.weight"
+    np.testing.assert_array_equal(tensors[name], last["1.output.dense.B"].T)
+    card = (folder / "README.md").read_text()
+    for word in ("`paint`", "version 1", "oak, elm", "0.8125", RUN.fingerprint.digest):
+        assert word in card
+
+
+def test_a_version_of_another_run_is_not_exported(tmp_path):
+    versions, _ = chain(tmp_path)
+    other = msgspec.structs.replace(RUN, fingerprint=msgspec.structs.replace(RUN.fingerprint, rank=2))
+    with pytest.raises(ContainerError, match="serves only the run that made it"):
+        export_peft(tmp_path / "adapter", versions, other, base="some/base", number=1, rounds=1)
+    assert not (tmp_path / "adapter").exists()
