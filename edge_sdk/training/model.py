@@ -41,6 +41,20 @@ class TunableModel:
     parts: dict[str, Any]
     device: torch.device
 
+    def check_length(self, max_length: int) -> None:
+        """Raises BaseModelError where the model has no positions for so many tokens."""
+        for name, module in self.net.named_modules():
+            if isinstance(module, nn.Embedding) and name.endswith("position_embeddings"):
+                # RoBERTa counts positions from behind the padding token's own
+                longest = module.num_embeddings - (
+                    0 if module.padding_idx is None else module.padding_idx + 1
+                )
+                if max_length > longest:
+                    raise BaseModelError(
+                        f"max_length is {max_length}, this base model takes {longest} tokens at most",
+                        "lower training.max_length in run.toml",
+                    )
+
     def encode(self, ids: Any, mask: Any) -> Any:
         """The head's input: the last layer's output at the first token, (batch, 1, hidden)."""
         base = getattr(self.net, self.net.base_model_prefix)

@@ -56,6 +56,7 @@ class Resident:
         self._features: tuple[Rows, str, Any, Any] | None = None
         self.threads(setup)
         self.model = load_model(folder, setup.labels, setup.lora, self.device)
+        self.model.check_length(setup.max_length)
         self._touch()
         self._tokenizer = load_tokenizer(folder)
         self._warm_up(setup)
@@ -78,6 +79,7 @@ class Resident:
         if setup.data is None:
             raise DataError("this request needs data, and its setup names none", "set data.path")
         length = max_length or setup.max_length
+        self.model.check_length(length)
         key = (setup.data, setup.template, length, _stamp(Path(setup.data.path)))
         if key not in self._rows:
             # of a file that changed, and of another length, nothing is kept

@@ -151,7 +151,7 @@ def test_it_learns_and_the_quantized_store_does_no_harm(bench: Bench) -> None:
         measured = bench.train(f"q{quantized}", candidate=candidate).measured
         losses[quantized] = (measured.loss_first, measured.loss_last)
     assert losses[0][0] == losses[3][0]
-    assert losses[0][1] < 0.2 and losses[3][1] < 0.2
+    assert losses[0][1] < 0.6 and losses[3][1] < 0.6
 
 
 def test_the_trained_version_evaluates_better(bench: Bench) -> None:
