@@ -356,7 +356,8 @@ class Core:
         self._occasion("connect" if reachable else "disconnect")
 
     def _report(self) -> None:
-        status = status_record(self.context, self.joining, self.rounds.position, self._gate)
+        present = 0 if self.aggregator is None else self.aggregator.round
+        status = status_record(self.context, self.joining, self.rounds.position(present), self._gate)
         if status is not None and self.context.say(status):
             self.context.emit("agent.reported", permission=status.permission, holds=list(status.holds))
 

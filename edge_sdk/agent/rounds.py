@@ -60,12 +60,15 @@ class Rounds:
         """On this boot's monotonic clock."""
         return None if self.row is None else self.row.received + self.row.offer.deadline_s
 
-    @property
-    def position(self) -> RoundPosition | None:
-        """Where this device stands, for its status."""
+    def position(self, present: int) -> RoundPosition | None:
+        """Where this device stands, for its status.
+
+        An update of an earlier round than ``present`` is no place in it: who says None is offered again
+        what it may have missed.
+        """
         if self.row is not None and self.state != "idle":
             return RoundPosition(round=self.row.round, state=self.state)
-        items = self._uploads.items
+        items = [item for item in self._uploads.items if item.announce.round >= present]
         return RoundPosition(round=items[-1].announce.round, state=items[-1].state) if items else None
 
     def load(self) -> None:

@@ -121,6 +121,10 @@ class Uploads:
         if refusal.reason in _PLACE:
             self._forget(item, "owed", owed=True)
             return False
+        if refusal.reason == "duplicate":
+            # Another update of this round counts: nothing is owed, and nothing was wrong with this one.
+            self._forget(item, "dropped")
+            return False
         self._forget(item, "dropped", clear_residual=True)
         return True
 

@@ -50,7 +50,7 @@ from edge_sdk.protocol.wire import (
     decode,
     encode,
 )
-from edge_sdk.transport.base import Inbound
+from edge_sdk.transport.base import Connection, Inbound, Transport
 from edge_sdk.transport.memory import MemoryBroker, MemoryTransport
 
 SHAPE = ModelShape(
@@ -215,10 +215,11 @@ def version_object(number: int, size: int = 5000) -> tuple[VersionRef, bytes]:
 class FakeAggregator:
     """The aggregator's side of the wire, by hand: what arrives is kept, and answered when ``serving``."""
 
-    def __init__(self, broker: MemoryBroker, device: str = "one") -> None:
+    def __init__(self, transport: Transport, device: str = "one", namespace: str = "edge") -> None:
         self.device = device
-        self.topics = Topics("edge")
-        self.transport = MemoryTransport(broker, "aggregator")
+        self.namespace = namespace
+        self.topics = Topics(namespace)
+        self.transport = transport
         self.records: list[Any] = []
         self.queue: list[Inbound] = []
         self.objects: dict[str, bytes] = {}
@@ -231,7 +232,11 @@ class FakeAggregator:
     def start(self) -> None:
         for topic in (self.topics.control("+"), self.topics.bulk("+"), self.topics.presence("+")):
             self.transport.subscribe(topic)
-        self.transport.start(lambda event: self.queue.append(event) if isinstance(event, Inbound) else None)
+        self.transport.start(self._take)
+
+    def _take(self, event: Inbound | Connection) -> None:
+        if isinstance(event, Inbound):
+            self.queue.append(event)
 
     def hello(self, run: Run | None = None, **state: Any) -> None:
         self.transport.publish(self.topics.run, encode(run or a_run()), retain=True)
@@ -247,11 +252,13 @@ class FakeAggregator:
         self.transport.publish(self.topics.reply(self.device), encode(record))
 
     def offer(self, round: int = 1, depths: Sequence[int] = (4, 2, 1), **changes: Any) -> Offer:
-        ref, data = version_object(round - 1)
-        self.objects[ref.object] = data
+        if "versions" not in changes:
+            ref, data = version_object(round - 1)
+            self.objects[ref.object] = data
+            changes["versions"] = (ref,)
         fields: dict[str, Any] = {
             "run": "demo", "round": round, "nonce": "run-1", "deadline_s": 100.0, "spec": TrainSpec(),
-            "versions": (ref,), "candidates": tuple(a_candidate(depth) for depth in depths),
+            "candidates": tuple(a_candidate(depth) for depth in depths),
             "chunk_bytes": 1024, "window": 2,
         }  # fmt: skip
         offer = Offer(**{**fields, **changes})
@@ -262,8 +269,9 @@ class FakeAggregator:
         return [record for record in self.records if isinstance(record, kind)]
 
     def pump(self) -> bool:
-        work, self.queue = self.queue, []
-        for message in work:
+        worked = False
+        while self.queue:
+            message, worked = self.queue.pop(0), True
             if is_chunk(message.payload):
                 self._on_chunk(message.payload)
                 continue
@@ -277,12 +285,14 @@ class FakeAggregator:
                 self._credit(record)
             elif isinstance(record, Have):
                 self._serve(record)
-        return bool(work)
+        return worked
 
     def _on_chunk(self, payload: bytes) -> None:
         chunk = decode_chunk(payload)
         for digest, announce in self.announces.items():
-            if chunk.transfer == transfer_id("edge", self.device, f"up/demo/{announce.round}", digest):
+            if chunk.transfer == transfer_id(
+                self.namespace, self.device, f"up/demo/{announce.round}", digest
+            ):
                 self.received[digest][chunk.index] = bytes(chunk.payload)
                 if self.serving:
                     self._credit(announce)
@@ -303,7 +313,7 @@ class FakeAggregator:
         data = self.objects[have.object]
         held = {index for first, after in have.ranges for index in range(first, after)}
         missing = [index for index in range(-(-len(data) // have.chunk_bytes)) if index not in held]
-        name = transfer_id("edge", self.device, "down", have.object)
+        name = transfer_id(self.namespace, self.device, "down", have.object)
         for index in missing[: have.window]:
             at = index * have.chunk_bytes
             frame = encode_chunk(name, index, at, data[at : at + have.chunk_bytes])
@@ -326,7 +336,7 @@ class World:
         )
         self.clock = ManualClock(1000.0)
         self.broker = MemoryBroker()
-        self.aggregator = FakeAggregator(self.broker)
+        self.aggregator = FakeAggregator(MemoryTransport(self.broker, "aggregator"))
         self.aggregator.start()
         self.machine = FakeMachine()
         self.base = FakeBase()

@@ -33,7 +33,7 @@ class Stage:
         })  # fmt: skip
         self.config = World(folder).config
         self.broker = MemoryBroker()
-        self.aggregator = FakeAggregator(self.broker)
+        self.aggregator = FakeAggregator(MemoryTransport(self.broker, "aggregator"))
         self.aggregator.start()
         self.trainer = FakeTrainer()
         self.names: list[str] = []
