@@ -39,7 +39,7 @@ _BY_CERTIFICATE = """\
 require_certificate true
 use_identity_as_username true
 use_username_as_clientid true"""
-_BY_SECRET = """\
+_BY_ACCOUNT = """\
 password_file {passwords}
 use_username_as_clientid true"""
 
@@ -74,7 +74,7 @@ def write_mosquitto_config(
     acl = folder / "acl"
     acl.write_text(_access_list(namespace, aggregators), encoding="utf-8")
     acl.chmod(0o644)
-    identity = _BY_CERTIFICATE if passwords is None else _BY_SECRET.format(passwords=passwords)
+    identity = _BY_CERTIFICATE if passwords is None else _BY_ACCOUNT.format(passwords=passwords)
     if user is not None:
         identity += f"\nuser {user}"
     config = folder / "mosquitto.conf"

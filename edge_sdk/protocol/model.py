@@ -92,7 +92,9 @@ class Fingerprint(Record, frozen=True, kw_only=True):
     @property
     def digest(self) -> Digest:
         """sha256 of the canonical JSON form; what records and containers carry."""
-        return hashlib.sha256(msgspec.json.encode(self, order="deterministic")).hexdigest()
+        # JSON tells 16 from 16.0, and a record that was never decoded may hold either.
+        exact = msgspec.structs.replace(self, alpha=float(self.alpha))
+        return hashlib.sha256(msgspec.json.encode(exact, order="deterministic")).hexdigest()
 
     def differing(self, other: Fingerprint) -> tuple[str, ...]:
         """Names of the parts in which ``other`` differs."""

@@ -15,7 +15,7 @@ from edge_sdk.protocol.base import Fraction, Name, NotNegative, Positive, Record
 
 __all__ = ["Candidate", "TrainSpec", "Word"]
 
-Word = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_.-]{1,32}$")]
+Word = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_.-]{1,32}\Z")]
 """Name of one implementation of a mechanism."""
 
 

@@ -18,7 +18,7 @@ from edge_sdk.errors import ProtocolError
 
 __all__ = ["Address", "Topics"]
 
-_LEVEL = re.compile(r"^[A-Za-z0-9_-]{1,64}$")
+_LEVEL = re.compile(r"^[A-Za-z0-9_-]{1,64}\Z")
 Channel = Literal["control", "bulk", "reply", "presence", "aggregator", "run"]
 
 

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 from edge_sdk.config.broker import BrokerConfig
 from edge_sdk.errors import BrokerError, CredentialsError, EdgeError, ProtocolError
+from edge_sdk.transport.access import broker_access
 from edge_sdk.transport.base import Connection, Inbound, Will
-from edge_sdk.transport.broker_url import broker_address
 from edge_sdk.transport.mqtt_link import Link, NoAnswerError, NotYetValidError, TakenOverError
 from edge_sdk.transport.rules import check_filter, check_message
 
@@ -30,6 +30,7 @@ _log = logging.getLogger(__name__)
 _FIRST_DELAY_S = 1.0
 _MOST_DELAY_S = 60.0
 _STEADY_S = 10.0
+_SUSPICIOUS = 3
 _DRAIN_S = 2.0
 _MOST_WAITING_BYTES = 16 * 1024 * 1024
 
@@ -53,11 +54,11 @@ class MqttTransport:
     ``Connection.final`` is set for a refused password or certificate; it goes on trying about once a minute
     all the same, since a password file or a clock may be put right.
 
-    Raises ConfigError or BrokerError at once for a section that cannot work.
+    Raises ConfigError at once for a section that cannot work.
     """
 
     def __init__(self, broker: BrokerConfig, client_id: str, *, keepalive: int = 30) -> None:
-        self._address = broker_address(broker)
+        self._access = broker_access(broker)
         self._client_id = client_id
         self._keepalive = keepalive
         self._lock = threading.Lock()  # guards the fields below; never held across a call to paho
@@ -73,6 +74,9 @@ class MqttTransport:
         self._deliver: Callable[[Inbound | Connection], None] = _nobody
         self._will: Will | None = None
         self._version5 = True
+        self._version5_proved = False
+        self._served = False
+        self._patient = False
 
     @property
     def connected(self) -> bool:
@@ -81,13 +85,13 @@ class MqttTransport:
     @property
     def insecure(self) -> bool:
         """Plain MQTT off loopback, by leave of the config."""
-        return self._address.insecure
+        return self._access.insecure
 
     @property
     def description(self) -> str:
         if not self._connected:
-            return self._address.url
-        return f"{self._address.url} (MQTT {'5' if self._version5 else '3.1.1'})"
+            return self._access.url
+        return f"{self._access.url} (MQTT {'5' if self._version5 else '3.1.1'})"
 
     def start(self, deliver: Callable[[Inbound | Connection], None], will: Will | None = None) -> None:
         if self._thread is not None:
@@ -119,7 +123,7 @@ class MqttTransport:
                 return False
             if self._most_payload is not None and len(payload) > self._most_payload - len(topic):
                 raise ProtocolError(
-                    f"a message of {len(payload)} bytes is above what {self._address.url} takes "
+                    f"a message of {len(payload)} bytes is above what {self._access.url} takes "
                     f"({self._most_payload} with its topic)",
                     "raise the broker's packet limit (max_packet_size), or lower transfer.chunk_kib",
                 )
@@ -144,7 +148,7 @@ class MqttTransport:
     # -- the thread ---------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        failures = 0
+        failures = short_lives = 0
         try:
             while not self._stopping.is_set():
                 began = time.monotonic()
@@ -157,9 +161,17 @@ class MqttTransport:
                         return
                     if isinstance(error, NoAnswerError):
                         self._version5 = True  # it was not the version
+                lived = time.monotonic() - began
+                failures = 1 if lived > _STEADY_S else failures + 1
+                short_lives = short_lives + 1 if self._served and lived <= _STEADY_S else 0
+                if short_lives >= _SUSPICIOUS and not error.hint:
+                    # MQTT 3.1.1 has no word for it, and Mosquitto 2.0 does not use that of MQTT 5.
+                    error = TakenOverError(
+                        f"{error.message}, {short_lives} times in a row right after connecting",
+                        f"does another client use the id {self._client_id!r}?",
+                    )
                 final = isinstance(error, CredentialsError) and not isinstance(error, NotYetValidError)
                 self._tell(Connection(up=False, error=error, final=final))
-                failures = 1 if time.monotonic() - began > _STEADY_S else failures + 1
                 self._stopping.wait(_delay(failures, slow=final or isinstance(error, TakenOverError)))
         finally:
             with self._lock:
@@ -168,8 +180,8 @@ class MqttTransport:
                 self._wake_read = self._wake_write = -1
 
     def _fall_back(self) -> bool:
-        """To MQTT 3.1.1, once: several brokers close the connection on a version 5 CONNECT."""
-        if not self._version5:
+        """To MQTT 3.1.1: several brokers close the connection on a version 5 CONNECT."""
+        if not self._version5 or self._version5_proved:
             return False
         self._version5 = False
         return True
@@ -177,24 +189,21 @@ class MqttTransport:
     def _connection(self) -> EdgeError | None:
         """One connection, until it is lost; None: it was ended by ``stop``."""
         link: Link | None = None
+        self._served = False
         try:
-            link = Link(
-                self._address,
-                self._client_id,
-                version5=self._version5,
-                keepalive=self._keepalive,
-                will=self._will,
-                deliver=self._on_message,
-            )
-            link.open()
-            while not link.accepted and not self._stopping.is_set():
-                link.pump(self._wake_read, 0.5)
-                self._drain_wake()
+            if self._version5 and not self._version5_proved and self._will is not None:
+                # A broker without MQTT 5 waits for ever for the end of a CONNECT with a will, which it
+                # misreads; without one it answers at once.
+                link = self._link(None)
+                link.leave(self._wake_read)
+                link.close()
+            link = self._link(self._will)
             if not self._stopping.is_set():
                 self._serve(link)
             self._drain(link)
             link.leave(self._wake_read)
         except EdgeError as error:
+            self._patient = isinstance(error, NoAnswerError)
             return error
         except Exception as error:  # whatever paho does, the thread goes on
             _log.exception("the MQTT client failed")
@@ -208,12 +217,35 @@ class MqttTransport:
                 link.close()
         return None
 
+    def _link(self, will: Will | None) -> Link:
+        """A connection that the broker accepted, or one that ``stop`` ended before it could."""
+        link = Link(
+            self._access,
+            self._client_id,
+            version5=self._version5,
+            keepalive=self._keepalive,
+            will=will,
+            patient=self._patient,
+            deliver=self._on_message,
+        )
+        try:
+            link.open()
+            while not link.accepted and not self._stopping.is_set():
+                link.pump(self._wake_read, 0.5)
+                self._drain_wake()
+        except BaseException:
+            link.close()
+            raise
+        self._version5_proved = self._version5 and link.accepted
+        return link
+
     def _serve(self, link: Link) -> None:
         with self._lock:
             filters = list(self._filters)
             self._most_payload = link.most_payload
             self._connected = True
         link.subscribe(filters)
+        self._served = True
         self._tell(Connection(up=True))
         patience = min(5.0, self._keepalive / 4)
         while not self._stopping.is_set():

@@ -23,15 +23,16 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
-from edge_sdk.errors import BrokerError, ConfigError, CredentialsError, EdgeError, ProtocolError
+from edge_sdk.errors import BrokerError, CredentialsError, EdgeError, ProtocolError
+from edge_sdk.transport.access import BrokerAccess, tls_context
 from edge_sdk.transport.base import Will
-from edge_sdk.transport.broker_url import BrokerAddress, tls_context
 
 __all__ = ["Link", "NoAnswerError", "NotYetValidError", "TakenOverError"]
 
 _log = logging.getLogger(__name__)
 
 _CONNECT_S = 10.0
+_REFUSAL_S = 1.0
 _MOST_UNACKNOWLEDGED = 16
 _PACKET_OVERHEAD = 64
 _UNSENT_BYTES = 256 * 1024
@@ -64,6 +65,13 @@ class _NotingSocket(ssl.SSLSocket):
 
     noted: ssl.SSLError | None = None
 
+    def do_handshake(self, block: bool = False) -> None:
+        try:
+            super().do_handshake(block)
+        except OSError:
+            self.close()  # paho forgets it
+            raise
+
     def recv(self, buflen: int = 1024, flags: int = 0) -> bytes:
         try:
             return super().recv(buflen, flags)
@@ -78,25 +86,48 @@ class _NotingSocket(ssl.SSLSocket):
             return super().send(data, flags)
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
             raise
-        except ssl.SSLError as error:
-            self.noted = error
+        except OSError:
+            # The peer hung up; the alert that says why may lie here unread.
+            with contextlib.suppress(OSError):
+                self.recv(1)
             raise
+
+
+class _PatientSocket(_NotingSocket):
+    """Waits a second after the handshake for the broker to refuse the certificate.
+
+    With TLS 1.3 that comes after the client's handshake, and is lost when a CONNECT crosses it.
+    """
+
+    def do_handshake(self, block: bool = False) -> None:
+        super().do_handshake(block)
+        timeout = self.gettimeout()
+        poll = select.poll()
+        poll.register(self, select.POLLIN)
+        if poll.poll(int(1000 * _REFUSAL_S)):
+            self.settimeout(0)
+            try:
+                self.recv(1)  # a broker says nothing before CONNECT: this is an alert or a session ticket
+            except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                self.settimeout(timeout)
 
 
 class Link:
     """``open``, ``pump`` until ``accepted``; then ``subscribe``, ``publish`` and ``pump`` until an error.
 
     Every method raises BrokerError (CredentialsError among them) when the connection is refused or lost.
+    ``patient``: the one before ended without a word; give the broker time to say why.
     """
 
     def __init__(
         self,
-        address: BrokerAddress,
+        access: BrokerAccess,
         client_id: str,
         *,
         version5: bool,
         keepalive: int,
         will: Will | None,
+        patient: bool = False,
         deliver: Callable[[str, bytes, bool], None],
     ) -> None:
         self.accepted = False
@@ -104,8 +135,9 @@ class Link:
         """Messages that the broker acknowledged with a refusal (MQTT 5 only)."""
         self.most_payload: int | None = None
         """What the broker takes of payload and topic together; None: it sets no limit."""
-        self._address, self._client_id, self._version5 = address, client_id, version5
+        self._access, self._client_id, self._version5 = access, client_id, version5
         self._keepalive = keepalive
+        self._patient = patient
         self._deliver = deliver
         self._error: EdgeError | None = None
         self._unacknowledged: dict[int, float] = {}
@@ -140,16 +172,18 @@ class Link:
 
     def open(self) -> None:
         """Connects the socket and sends CONNECT; blocks for at most some seconds."""
-        address = self._address
-        if address.username is not None:
-            self._client.username_pw_set(address.username, address.password())
+        access, address = self._access, self._access.address
+        if access.username is not None:
+            self._client.username_pw_set(access.username, access.password())
         if address.tls:
-            self._client.tls_set_context(_context(address))
+            context = tls_context(access)
+            context.sslsocket_class = _PatientSocket if self._patient else _NotingSocket
+            self._client.tls_set_context(context)
         # No properties in CONNECT: brokers without MQTT 5 wait for ever for the end of what they misread.
         try:
             self._client.connect(address.host, address.port, self._keepalive)
         except OSError as error:
-            raise _connect_error(address, error) from error
+            raise _connect_error(access, error) from error
         self._opened = time.monotonic()
 
     def pump(self, wake: int, timeout: float) -> None:
@@ -249,7 +283,7 @@ class Link:
         self._qos = min(1, getattr(limits, "MaximumQoS", 1))
         if getattr(limits, "RetainAvailable", 1) == 0:
             self._error = BrokerError(
-                f"the broker {self._address.url} keeps no retained messages, which the protocol needs",
+                f"the broker {self._access.url} keeps no retained messages, which the protocol needs",
                 "switch them on in the broker",
             )
             return
@@ -276,7 +310,7 @@ class Link:
             self.refused += 1
             if reason.value not in self._told_refused:
                 self._told_refused.add(reason.value)
-                _log.warning("the broker %s refused a message: %s", self._address.url, reason)
+                _log.warning("the broker %s refused a message: %s", self._access.url, reason)
 
     def _on_subscribe(
         self, _client: object, _data: object, _mid: int, reasons: list[ReasonCode], _props: object
@@ -284,7 +318,7 @@ class Link:
         refused = [str(reason) for reason in reasons if reason.is_failure]
         if refused:
             self._error = CredentialsError(
-                f"the broker {self._address.url} refused a subscription of {self._client_id!r}: {refused[0]}",
+                f"the broker {self._access.url} refused a subscription of {self._client_id!r}: {refused[0]}",
                 "the broker's access list must let this client read its topics",
             )
 
@@ -293,30 +327,30 @@ class Link:
     def _watch(self) -> None:
         now = time.monotonic()
         if not self.accepted and now - self._opened > _CONNECT_S:
-            raise NoAnswerError(f"{self._address.url} took the connection and does not answer")
+            raise NoAnswerError(f"{self._access.url} took the connection and does not answer")
         oldest = next(iter(self._unacknowledged.values()), now)
         if now - oldest > 3 * self._keepalive:
-            raise BrokerError(f"the broker {self._address.url} acknowledges no messages any more")
+            raise BrokerError(f"the broker {self._access.url} acknowledges no messages any more")
 
     def _loss(self) -> EdgeError:
         if self._error is not None:
             return self._error
         noted = getattr(self._socket, "noted", None)
-        if noted is not None:
-            return _tls_error(self._address, noted)
+        if noted is not None and not isinstance(noted, ssl.SSLEOFError):
+            return _tls_error(self._access, noted)
         if not self.accepted:
             return NoAnswerError(
-                f"{self._address.url} closed the connection without an answer",
-                "is it an MQTT broker, and is TLS (mqtts://) right for this port?",
+                f"{self._access.url} closed the connection without an answer",
+                "does it want a certificate that it did not get?"
+                if self._access.address.tls
+                else "is it an MQTT broker, and does this port want TLS (mqtts://)?",
             )
-        return BrokerError(f"the connection to {self._address.url} was lost")
+        return BrokerError(f"the connection to {self._access.url} was lost")
 
     def _refusal(self, reason: ReasonCode) -> EdgeError:
-        url, value = self._address.url, reason.value
+        url, value = self._access.url, reason.value
         if value in _NOT_ALLOWED:
-            who = (
-                "without a user name" if self._address.username is None else f"as {self._address.username!r}"
-            )
+            who = "without a user name" if self._access.username is None else f"as {self._access.username!r}"
             return CredentialsError(
                 f"the broker {url} did not let {self._client_id!r} in {who}: {reason}",
                 "check broker.username and broker.password_file, or the device's certificate",
@@ -335,49 +369,37 @@ class Link:
         return BrokerError(f"the broker {url} ended the connection: {reason}")
 
 
-def _context(address: BrokerAddress) -> ssl.SSLContext:
-    try:
-        context = tls_context(address)
-    except (ssl.SSLError, OSError) as error:
-        raise ConfigError(
-            f"the files of broker.tls cannot be used: {error}",
-            "ca, cert and key must be in PEM form, the key without a passphrase and belonging to cert",
-        ) from error
-    context.sslsocket_class = _NotingSocket
-    return context
-
-
-def _connect_error(address: BrokerAddress, error: OSError) -> EdgeError:
+def _connect_error(access: BrokerAccess, error: OSError) -> EdgeError:
     if isinstance(error, ssl.SSLError):
-        return _tls_error(address, error)
+        return _tls_error(access, error)
     if isinstance(error, socket.gaierror):
-        return BrokerError(f"the host of {address.url} is unknown: {error.strerror}", "check broker.url")
+        return BrokerError(f"the host of {access.url} is unknown: {error.strerror}", "check broker.url")
     if isinstance(error, TimeoutError):
         return BrokerError(
-            f"no answer from {address.url} in {_CONNECT_S:.0f} s", "check the network and the firewall"
+            f"no answer from {access.url} in {_CONNECT_S:.0f} s", "check the network and the firewall"
         )
-    if isinstance(error, ConnectionResetError) and address.tls:
-        return _no_tls(address)
+    if isinstance(error, ConnectionResetError) and access.address.tls:
+        return _no_tls(access)
     return BrokerError(
-        f"no broker answers at {address.url}: {error.strerror or error}",
+        f"no broker answers at {access.url}: {error.strerror or error}",
         "is it running, and is the port right?",
     )
 
 
-def _no_tls(address: BrokerAddress) -> EdgeError:
+def _no_tls(access: BrokerAccess) -> EdgeError:
     return BrokerError(
-        f"{address.url} does not speak TLS", "use the broker's TLS port, usually 8883, or mqtt:// on loopback"
+        f"{access.url} does not speak TLS", "use the broker's TLS port, usually 8883, or mqtt:// on loopback"
     )
 
 
-def _tls_error(address: BrokerAddress, error: ssl.SSLError) -> EdgeError:
+def _tls_error(access: BrokerAccess, error: ssl.SSLError) -> EdgeError:
     if isinstance(error, ssl.SSLCertVerificationError):
         kind = NotYetValidError if error.verify_code == _NOT_YET_VALID else CredentialsError
-        return kind(f"the certificate of {address.url} was not accepted: {error.verify_message}", _CLOCK_HINT)
+        return kind(f"the certificate of {access.url} was not accepted: {error.verify_message}", _CLOCK_HINT)
     reason = error.reason or ""
     if any(word in reason for word in ("CERTIFICATE", "UNKNOWN_CA", "ACCESS_DENIED", "DECRYPT_ERROR")):
         return CredentialsError(
-            f"the broker {address.url} refused this device's certificate: {reason.lower().replace('_', ' ')}",
+            f"the broker {access.url} refused this device's certificate: {reason.lower().replace('_', ' ')}",
             f"check broker.tls.cert and broker.tls.key; {_CLOCK_HINT}",
         )
     if isinstance(error, ssl.SSLEOFError) or reason in (
@@ -386,5 +408,5 @@ def _tls_error(address: BrokerAddress, error: ssl.SSLError) -> EdgeError:
         "RECORD_LAYER_FAILURE",
         "UNEXPECTED_EOF_WHILE_READING",
     ):
-        return _no_tls(address)
-    return BrokerError(f"TLS with {address.url} failed: {reason or error}")
+        return _no_tls(access)
+    return BrokerError(f"TLS with {access.url} failed: {reason or error}")

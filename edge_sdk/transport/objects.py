@@ -14,7 +14,7 @@ from edge_sdk.errors import ContainerError, ProtocolError
 
 __all__ = ["ObjectStore", "file_digest", "sync_folder"]
 
-_DIGEST = re.compile(r"^[0-9a-f]{64}$")
+_DIGEST = re.compile(r"^[0-9a-f]{64}\Z")
 _INCOMING = ".incoming"
 _BLOCK = 1 << 20
 

@@ -14,8 +14,8 @@ MAX_PAYLOAD_BYTES = max(MAX_CHUNK_BYTES + HEADER_BYTES, MAX_RECORD_BYTES)
 """Largest message ever published: one full chunk and its header."""
 
 _LEVEL = r"[A-Za-z0-9_-]{1,64}"
-_TOPIC = re.compile(rf"^{_LEVEL}(/{_LEVEL})*$")
-_FILTER = re.compile(rf"^({_LEVEL}|\+)(/({_LEVEL}|\+))*$")
+_TOPIC = re.compile(rf"^{_LEVEL}(/{_LEVEL})*\Z")
+_FILTER = re.compile(rf"^({_LEVEL}|\+)(/({_LEVEL}|\+))*\Z")
 
 
 def check_message(topic: str, payload: bytes) -> None:

@@ -42,7 +42,9 @@ def test_another_digest_than_expected_is_refused_and_left_alone(tmp_path: Path) 
     assert list(store.digests()) == []
 
 
-@pytest.mark.parametrize("name", ["", "../../etc/passwd", "A" * 64, "a" * 63, "a" * 64 + "/x"])
+@pytest.mark.parametrize(
+    "name", ["", "../../etc/passwd", "A" * 64, "a" * 63, "a" * 64 + "/x", "a" * 64 + "\n"]
+)
 def test_only_digests_are_names(tmp_path: Path, name: str) -> None:
     store = ObjectStore(tmp_path)
     for call in (store.path, store.has, store.remove):

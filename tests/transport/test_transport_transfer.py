@@ -280,7 +280,7 @@ def test_ranges_are_believed_or_refused_never_worse(
 
 
 @given(held=st.sets(st.integers(0, 29)))
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_ranges_name_exactly_what_is_held(tmp_path: Path, held: set[int]) -> None:
     payload = memoryview(bytes(CHUNK))
     receiver = ObjectReceiver.open(tmp_path, "a" * 64, 30 * CHUNK, CHUNK)
@@ -293,7 +293,7 @@ def test_ranges_name_exactly_what_is_held(tmp_path: Path, held: set[int]) -> Non
 
 
 @given(seed=st.integers(0, 2**32), window=st.integers(1, 6), chunks=st.integers(1, 25))
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_loss_doubling_and_reordering_ends_with_the_same_bytes(
     tmp_path: Path, seed: int, window: int, chunks: int
 ) -> None:
