@@ -20,7 +20,8 @@ from edge_sdk.config.broker import BrokerConfig
 from edge_sdk.errors import BrokerError, CredentialsError, EdgeError, ProtocolError
 from edge_sdk.transport.access import broker_access
 from edge_sdk.transport.base import Connection, Inbound, Will
-from edge_sdk.transport.mqtt_link import Link, NoAnswerError, NotYetValidError, TakenOverError
+from edge_sdk.transport.mqtt_errors import NoAnswerError, NotYetValidError, TakenOverError
+from edge_sdk.transport.mqtt_link import Link
 from edge_sdk.transport.rules import check_filter, check_message
 
 __all__ = ["MqttTransport"]

@@ -23,41 +23,21 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
-from edge_sdk.errors import BrokerError, CredentialsError, EdgeError, ProtocolError
+from edge_sdk.errors import BrokerError, CredentialsError, EdgeError
 from edge_sdk.transport.access import BrokerAccess, tls_context
 from edge_sdk.transport.base import Will
+from edge_sdk.transport.mqtt_errors import CONNECT_S, NoAnswerError, connect_error, refusal, tls_error
 
-__all__ = ["Link", "NoAnswerError", "NotYetValidError", "TakenOverError"]
+__all__ = ["Link"]
 
 _log = logging.getLogger(__name__)
 
-_CONNECT_S = 10.0
 _REFUSAL_S = 1.0
 _MOST_UNACKNOWLEDGED = 16
 _PACKET_OVERHEAD = 64
 _UNSENT_BYTES = 256 * 1024
 # In Linux since 3.12; not named in the socket module of older Pythons.
 _TCP_NOTSENT_LOWAT = getattr(socket, "TCP_NOTSENT_LOWAT", 25)
-
-_UNSUPPORTED_VERSION, _BAD_CLIENT_ID, _TAKEN_OVER, _TOO_LARGE = 132, 133, 142, 149
-_NOT_ALLOWED = {134, 135, 138, 140}  # bad user name or password, not authorized, banned, bad method
-_NOT_YET_VALID = 9  # X509_V_ERR_CERT_NOT_YET_VALID
-_CLOCK_HINT = (
-    "check broker.tls.ca and this device's clock: a board without a battery starts in 1970, "
-    "and every certificate lies in its future"
-)
-
-
-class NoAnswerError(BrokerError):
-    """The connection ended before the broker said anything: perhaps it does not speak this version."""
-
-
-class NotYetValidError(CredentialsError):
-    """The broker's certificate lies in this device's future: waiting for the right time helps."""
-
-
-class TakenOverError(BrokerError):
-    """Another client connected under the same id."""
 
 
 class _NotingSocket(ssl.SSLSocket):
@@ -156,7 +136,7 @@ class Link:
             protocol=MQTTProtocolVersion.MQTTv5 if self._version5 else MQTTProtocolVersion.MQTTv311,
             reconnect_on_failure=False,
         )
-        client.connect_timeout = _CONNECT_S
+        client.connect_timeout = CONNECT_S
         client.max_inflight_messages_set(_MOST_UNACKNOWLEDGED)
         client.on_socket_open = self._on_socket_open
         client.on_connect = self._on_connect
@@ -183,7 +163,7 @@ class Link:
         try:
             self._client.connect(address.host, address.port, self._keepalive)
         except OSError as error:
-            raise _connect_error(access, error) from error
+            raise connect_error(access, error) from error
         self._opened = time.monotonic()
 
     def pump(self, wake: int, timeout: float) -> None:
@@ -272,7 +252,7 @@ class Link:
         self, _client: object, _data: object, _flags: object, reason: ReasonCode, limits: Properties | None
     ) -> None:
         if reason.is_failure:
-            self._error = self._refusal(reason)
+            self._error = refusal(self._access, self._client_id, self._version5, reason)
             return
         maximum = getattr(limits, "MaximumPacketSize", None)
         if maximum is not None:
@@ -294,7 +274,7 @@ class Link:
     ) -> None:
         if self._error is not None or not flags.is_disconnect_packet_from_server:
             return
-        self._error = self._refusal(reason)
+        self._error = refusal(self._access, self._client_id, self._version5, reason)
 
     def _on_message(self, _client: object, _data: object, message: paho.MQTTMessage) -> None:
         try:
@@ -326,7 +306,7 @@ class Link:
 
     def _watch(self) -> None:
         now = time.monotonic()
-        if not self.accepted and now - self._opened > _CONNECT_S:
+        if not self.accepted and now - self._opened > CONNECT_S:
             raise NoAnswerError(f"{self._access.url} took the connection and does not answer")
         oldest = next(iter(self._unacknowledged.values()), now)
         if now - oldest > 3 * self._keepalive:
@@ -337,7 +317,7 @@ class Link:
             return self._error
         noted = getattr(self._socket, "noted", None)
         if noted is not None and not isinstance(noted, ssl.SSLEOFError):
-            return _tls_error(self._access, noted)
+            return tls_error(self._access, noted)
         if not self.accepted:
             return NoAnswerError(
                 f"{self._access.url} closed the connection without an answer",
@@ -346,67 +326,3 @@ class Link:
                 else "is it an MQTT broker, and does this port want TLS (mqtts://)?",
             )
         return BrokerError(f"the connection to {self._access.url} was lost")
-
-    def _refusal(self, reason: ReasonCode) -> EdgeError:
-        url, value = self._access.url, reason.value
-        if value in _NOT_ALLOWED:
-            who = "without a user name" if self._access.username is None else f"as {self._access.username!r}"
-            return CredentialsError(
-                f"the broker {url} did not let {self._client_id!r} in {who}: {reason}",
-                "check broker.username and broker.password_file, or the device's certificate",
-            )
-        if value == _TAKEN_OVER:
-            return TakenOverError(
-                f"another client connected to {url} as {self._client_id!r}",
-                "two devices with one id? agent.id must be different on each",
-            )
-        if value == _UNSUPPORTED_VERSION:
-            return NoAnswerError(f"the broker {url} does not speak MQTT {'5' if self._version5 else '3.1.1'}")
-        if value == _BAD_CLIENT_ID:
-            return BrokerError(f"the broker {url} does not accept the client id {self._client_id!r}")
-        if value == _TOO_LARGE:
-            return ProtocolError(f"the broker {url} ended the connection over a message that is too large")
-        return BrokerError(f"the broker {url} ended the connection: {reason}")
-
-
-def _connect_error(access: BrokerAccess, error: OSError) -> EdgeError:
-    if isinstance(error, ssl.SSLError):
-        return _tls_error(access, error)
-    if isinstance(error, socket.gaierror):
-        return BrokerError(f"the host of {access.url} is unknown: {error.strerror}", "check broker.url")
-    if isinstance(error, TimeoutError):
-        return BrokerError(
-            f"no answer from {access.url} in {_CONNECT_S:.0f} s", "check the network and the firewall"
-        )
-    if isinstance(error, ConnectionResetError) and access.address.tls:
-        return _no_tls(access)
-    return BrokerError(
-        f"no broker answers at {access.url}: {error.strerror or error}",
-        "is it running, and is the port right?",
-    )
-
-
-def _no_tls(access: BrokerAccess) -> EdgeError:
-    return BrokerError(
-        f"{access.url} does not speak TLS", "use the broker's TLS port, usually 8883, or mqtt:// on loopback"
-    )
-
-
-def _tls_error(access: BrokerAccess, error: ssl.SSLError) -> EdgeError:
-    if isinstance(error, ssl.SSLCertVerificationError):
-        kind = NotYetValidError if error.verify_code == _NOT_YET_VALID else CredentialsError
-        return kind(f"the certificate of {access.url} was not accepted: {error.verify_message}", _CLOCK_HINT)
-    reason = error.reason or ""
-    if any(word in reason for word in ("CERTIFICATE", "UNKNOWN_CA", "ACCESS_DENIED", "DECRYPT_ERROR")):
-        return CredentialsError(
-            f"the broker {access.url} refused this device's certificate: {reason.lower().replace('_', ' ')}",
-            f"check broker.tls.cert and broker.tls.key; {_CLOCK_HINT}",
-        )
-    if isinstance(error, ssl.SSLEOFError) or reason in (
-        "WRONG_VERSION_NUMBER",
-        "HTTP_REQUEST",
-        "RECORD_LAYER_FAILURE",
-        "UNEXPECTED_EOF_WHILE_READING",
-    ):
-        return _no_tls(access)
-    return BrokerError(f"TLS with {access.url} failed: {reason or error}")

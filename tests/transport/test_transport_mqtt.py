@@ -24,7 +24,7 @@ from edge_sdk.transport import mqtt
 from edge_sdk.transport.access import broker_access
 from edge_sdk.transport.base import Connection, Inbound, Will
 from edge_sdk.transport.mqtt import MqttTransport
-from edge_sdk.transport.mqtt_link import _tls_error
+from edge_sdk.transport.mqtt_errors import NotYetValidError, tls_error
 
 T = Topics(NAMESPACE)
 
@@ -170,8 +170,8 @@ def test_a_certificate_from_the_future_may_become_right(authority: Authority) ->
     error = ssl.SSLCertVerificationError(1, "certificate verify failed")
     error.verify_code, error.verify_message = 9, "certificate is not yet valid"
     access = broker_access(BrokerConfig(url="mqtts://broker.example"))
-    told = _tls_error(access, error)
-    assert isinstance(told, mqtt.NotYetValidError)
+    told = tls_error(access, error)
+    assert isinstance(told, NotYetValidError)
     assert isinstance(told, CredentialsError)
     assert "clock" in str(told)
 
