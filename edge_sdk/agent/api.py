@@ -11,8 +11,9 @@ from types import TracebackType
 from typing import Any
 
 from edge_sdk.agent.context import BaseFiles, Context, Machine
-from edge_sdk.agent.core import Core, ExportRequest, Pause, Resume, Stop
+from edge_sdk.agent.core import Core
 from edge_sdk.agent.desk import Desk
+from edge_sdk.agent.inbox import ExportRequest, Pause, Resume, Stop
 from edge_sdk.agent.lock import FolderLock
 from edge_sdk.agent.process_trainer import ProcessTrainer
 from edge_sdk.agent.record import AgentRecord

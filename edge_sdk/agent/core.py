@@ -12,7 +12,6 @@ import queue
 import sqlite3
 from collections import deque
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -20,6 +19,7 @@ import msgspec
 from edge_sdk.agent.context import Context
 from edge_sdk.agent.downloads import Downloads
 from edge_sdk.agent.export import ask_export
+from edge_sdk.agent.inbox import AgentEvent, ExportRequest, GateChanged, Pause, Resume, Stop
 from edge_sdk.agent.joining import Joining
 from edge_sdk.agent.reporting import live_state, status_record
 from edge_sdk.agent.rounds import Rounds
@@ -28,7 +28,6 @@ from edge_sdk.agent.uploads import Uploads
 from edge_sdk.errors import BrokerError, EdgeError, FingerprintError, ProtocolError, StateError
 from edge_sdk.protocol.base import PROTOCOL
 from edge_sdk.protocol.frames import decode_chunk, is_chunk
-from edge_sdk.protocol.trainer import TrainerReply
 from edge_sdk.protocol.wire import (
     AggregatorState,
     DeclineReason,
@@ -43,41 +42,11 @@ from edge_sdk.protocol.wire import (
 )
 from edge_sdk.transport.base import Connection, Inbound, Will
 
-__all__ = ["AgentEvent", "Core", "ExportRequest", "GateChanged", "Pause", "Resume", "Stop"]
+__all__ = ["Core"]
 
 _LONGEST_S = 60.0
 
 
-@dataclass(frozen=True)
-class Pause:
-    """Start no new work and interrupt training; uploads go on."""
-
-
-@dataclass(frozen=True)
-class Resume:
-    """May work again; an interrupted round is trained again."""
-
-
-@dataclass(frozen=True)
-class Stop:
-    """End the agent; everything unfinished stays on disk."""
-
-
-@dataclass(frozen=True)
-class GateChanged:
-    """A gate failed, for this reason; or, None, all pass again."""
-
-    reason: str | None
-
-
-@dataclass(frozen=True)
-class ExportRequest:
-    """Write the newest version held as a PEFT folder, and put its path into ``result``."""
-
-    result: Future[Path]
-
-
-AgentEvent = Inbound | Connection | TrainerReply | Pause | Resume | Stop | GateChanged | ExportRequest
 _DECLINES: dict[str, tuple[DeclineReason, str]] = {
     "paused": ("paused", "the device is paused"),
     "gated": ("gate", "a gate of the device does not pass"),

@@ -104,6 +104,7 @@ class AgentRecord:
             else:
                 self._db.execute("PRAGMA journal_mode=WAL")
                 self._db.execute("PRAGMA synchronous=FULL")
+            self._db.execute("PRAGMA cache_size=-256")
             (found,) = self._db.execute("PRAGMA user_version").fetchone()
             if found == 0:
                 with self.transaction():

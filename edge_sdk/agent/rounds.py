@@ -7,22 +7,20 @@ so that a restarted agent goes on by the same path as one that never stopped.
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 from typing import Any
 
 from msgspec.structs import replace
 
-from edge_sdk.agent.budgets import link_now, memory_now
+from edge_sdk.agent.choosing import decline_of, first_choice, smaller_choice
 from edge_sdk.agent.context import Context
 from edge_sdk.agent.downloads import Downloads
 from edge_sdk.agent.joining import Joining, setup_for
+from edge_sdk.agent.packing import adopt_update, lies_whole, sweep_objects
 from edge_sdk.agent.record import Packed, RoundRow
 from edge_sdk.agent.states import ROUND, Occasion, RoundState
 from edge_sdk.agent.uploads import Uploads
-from edge_sdk.planning.choice import Budgets, Infeasible, choose, step_down
-from edge_sdk.protocol.measure import Fit
 from edge_sdk.protocol.trainer import Died, Failed, Progress, Train, Trained, TrainerReply
-from edge_sdk.protocol.wire import Announce, Choice, Decline, DeclineReason, Offer, RoundPosition
+from edge_sdk.protocol.wire import Choice, Decline, DeclineReason, Offer, RoundPosition
 
 __all__ = ["Rounds"]
 
@@ -135,13 +133,7 @@ class Rounds:
     def decline(self, reason: DeclineReason, message: str) -> None:
         """Answers the present round with a decline and ends it."""
         assert self.row is not None  # noqa: S101 - for the type checker: every caller has a round
-        answer = Decline(
-            device=self._context.device,
-            run=self.row.offer.run,
-            round=self.row.round,
-            reason=reason,
-            message=message,
-        )
+        answer = decline_of(self._context, self.row, reason, message)
         row = self.row
         self._end("declined", answer=answer)
         self._context.emit("round.decline", round=row.round, reason=reason, message=message)
@@ -193,57 +185,23 @@ class Rounds:
         )
 
     def _choose(self, now: float) -> None:
-        joining, context, row = self._joining, self._context, self.row
-        described, fit, run = joining.described, joining.fit, joining.run
-        if described is None or fit is None or run is None or row is None:
-            return
-        offer, known = row.offer, set(described.mechanisms)
-        missing = offer.spec.needs() - known
-        candidates = [one for one in offer.candidates if one.needs() <= known]
-        if not candidates:
-            missing = missing or frozenset().union(*(one.needs() - known for one in offer.candidates))
-        if missing:
-            self.decline("mechanism", f"this device lacks {', '.join(sorted(missing))}")
-            return
-        budgets = self._budgets(row, fit, now)
-        found = choose(
-            candidates,
-            fit=fit,
-            budgets=budgets,
-            shape=run.shape,
-            lora=run.lora,
-            down_bytes=self._down_bytes(offer),
-        )
-        if isinstance(found, Infeasible):
-            self.decline(found.reason, found.message)
-            return
-        self._answer(
-            Choice(
-                device=context.device, run=offer.run, round=offer.round, candidate=found.candidate,
-                binding=found.binding, reason=found.reason,
-            ),
-            memory_budget_mb=budgets.memory_mb,
-        )  # fmt: skip
+        if self.row is not None:
+            self._give(first_choice(self._context, self._joining, self.row, now))
 
-    def _budgets(self, row: RoundRow, fit: Fit, now: float) -> Budgets:
-        """Measured now; the time is the plan's, or what the deadline leaves."""
-        memory, link = memory_now(self._context, fit), link_now(self._context)
-        left_s = min(row.offer.time_budget_s, row.received + row.offer.deadline_s - now)
-        return Budgets(
-            memory_mb=memory.budget_mb, deadline_s=left_s, up_bps=link.up_bps, down_bps=link.down_bps
-        )
+    def _give(self, answer: Choice | Decline) -> None:
+        if isinstance(answer, Choice):
+            self._answer(answer)
+        else:
+            self.decline(answer.reason, answer.message)
 
-    def _down_bytes(self, offer: Offer) -> int:
-        return sum(ref.bytes for ref in offer.versions if not self._context.store.has(ref.object))
-
-    def _answer(self, choice: Choice, **facts: Any) -> None:
+    def _answer(self, choice: Choice) -> None:
         """On disk first, then said."""
         self._save(state="fetching", answer=choice, failures=0, packed=None)
         one = choice.candidate
         self._context.emit(
             "round.choice", round=choice.round, attempt=choice.attempt, candidate=one.id, depth=one.depth,
             quantized_layers=one.quantized_layers, binding=choice.binding, peak_mb=one.peak_mb,
-            seconds=one.seconds, bytes_up=one.bytes_up, reason=choice.reason, **facts,
+            seconds=one.seconds, bytes_up=one.bytes_up, reason=choice.reason,
         )  # fmt: skip
         self._context.say(choice)
 
@@ -341,24 +299,10 @@ class Rounds:
                 self.decline("trainer", f"the trainer failed {_ATTEMPTS} times: {reply.message}")
 
     def _step_down(self, message: str) -> None:
-        row, fit, run, described = self.row, self._joining.fit, self._joining.run, self._joining.described
-        if row is None or fit is None or run is None or not isinstance(row.answer, Choice):
-            return
-        known = set() if described is None else set(described.mechanisms)
-        smaller = step_down(
-            [one for one in row.offer.candidates if one.needs() <= known], row.answer.candidate, fit=fit,
-            budgets=self._budgets(row, fit, self._context.clock.monotonic()), shape=run.shape, lora=run.lora,
-            down_bytes=self._down_bytes(row.offer),
-        )  # fmt: skip
-        if smaller is None:
-            self.decline("memory", f"out of memory with the smallest candidate: {message}")
-            return
-        self._answer(
-            replace(
-                row.answer, candidate=smaller.candidate, binding="memory", attempt=row.answer.attempt + 1,
-                reason=smaller.reason,
-            )
-        )  # fmt: skip
+        row = self.row
+        if row is not None and isinstance(row.answer, Choice):
+            now = self._context.clock.monotonic()
+            self._give(smaller_choice(self._context, self._joining, row, row.answer, now, message))
 
     def _drop_versions(self, row: RoundRow) -> None:
         """A version that cannot be read is fetched again at the next offer."""
@@ -369,44 +313,25 @@ class Rounds:
             self._context.store.remove(ref.object)
 
     def _pack(self, now: float) -> None:
-        """Adopts update, residual and outbox row, all or nothing."""
         context, row, fingerprint = self._context, self.row, self._joining.fingerprint
         if row is None or row.packed is None or fingerprint is None or not isinstance(row.answer, Choice):
             return
-        packed, offer = row.packed, row.offer
-        files = [Path(path) for path in (packed.update, packed.residual) if path is not None]
-        if packed.boot != context.boot or not all(file.is_file() for file in files):
-            # Not synced before a power cut, or half adopted: the same choice makes them again.
+        if not lies_whole(context, row.packed):
             self._save(state="training", packed=None)
             return
         try:
-            adopted = [context.store.adopt(file) for file in reversed(files)][::-1]
+            announce = adopt_update(context, row, row.packed, row.answer, fingerprint)
         except OSError as error:
             context.emit(
                 "problem", message=f"the update cannot be kept: {error.strerror}", hint="free disk space"
             )
             self._retry_at = now + _STORAGE_S
             return
-        digest, size = adopted[0]
-        announce = Announce(
-            device=context.device, run=offer.run, round=offer.round, nonce=offer.nonce,
-            fingerprint=fingerprint.digest, object=digest, bytes=size, chunk_bytes=offer.chunk_bytes,
-            builds_on=offer.versions[-1].number, samples=packed.samples, candidate=row.answer.candidate,
-            measured=packed.measured,
-        )  # fmt: skip
-        with context.record.transaction():
-            context.record.outbox.add(announce)
-            if offer.spec.error_feedback:
-                context.record.put("residual", adopted[1][0] if len(adopted) > 1 else None)
-            for one in packed.owed:
-                context.record.remove_owed(one)
-            self._save(state=None)
-            context.record.forget_old_rounds()
         self.row = None
         shutil.rmtree(self._staging, ignore_errors=True)
-        context.emit("update.queued", round=offer.round, bytes=size, object=digest)
-        self._sweep()
-        self._uploads.added(offer.run, offer.round, now)
+        context.emit("update.queued", round=row.round, bytes=announce.bytes, object=announce.object)
+        sweep_objects(context)
+        self._uploads.added(announce.run, announce.round, now)
 
     # -- ends -----------------------------------------------------------------------------------------
 
@@ -434,14 +359,6 @@ class Rounds:
         if self._training:
             self._training = False
             self._context.desk.abandon()
-
-    def _sweep(self) -> None:
-        """Keeps the two newest versions, and the objects that something refers to."""
-        record = self._context.record
-        with record.transaction():
-            for number in sorted(record.versions())[:-2]:
-                record.remove_version(number)
-        self._context.store.sweep(record.objects())
 
     def _save(self, **changes: Any) -> None:
         if self.row is not None:

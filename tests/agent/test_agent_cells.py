@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 from agent_fakes import World, a_candidate, version_object
 
-from edge_sdk.agent.core import GateChanged, Pause, Resume, Stop
+from edge_sdk.agent.inbox import GateChanged, Pause, Resume, Stop
 from edge_sdk.agent.states import (
     ITEM,
     OCCASIONS,

@@ -45,7 +45,7 @@ def finish(world: World, candidate: str = "d4") -> None:
 
 def test_killed_before_the_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     world = joined(tmp_path)
-    monkeypatch.setattr("edge_sdk.agent.rounds.choose", _killed)
+    monkeypatch.setattr("edge_sdk.agent.choosing.choose", _killed)
     with pytest.raises(Killed):
         world.aggregator.offer()
         world.settle()

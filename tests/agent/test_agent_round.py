@@ -8,7 +8,7 @@ import pytest
 from agent_fakes import PRINT, FakeBase, World, a_run, version_object
 from msgspec.structs import replace
 
-from edge_sdk.agent.core import ExportRequest, GateChanged, Pause, Resume
+from edge_sdk.agent.inbox import ExportRequest, GateChanged, Pause, Resume
 from edge_sdk.errors import BaseModelError, DataError, FingerprintError, StateError
 from edge_sdk.protocol.spec import TrainSpec
 from edge_sdk.protocol.trainer import Describe, Probe

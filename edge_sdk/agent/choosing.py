@@ -1,0 +1,81 @@
+"""The device's own judgement of an offer: mechanisms, memory and link as measured now, time that is left."""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from edge_sdk.agent.budgets import link_now, memory_now
+from edge_sdk.agent.context import Context
+from edge_sdk.agent.joining import Joining
+from edge_sdk.agent.record import RoundRow
+from edge_sdk.planning.choice import Budgets, Infeasible, choose, step_down
+from edge_sdk.protocol.measure import Fit
+from edge_sdk.protocol.trainer import Described
+from edge_sdk.protocol.wire import Choice, Decline, DeclineReason, Offer, Run
+
+__all__ = ["decline_of", "first_choice", "smaller_choice"]
+
+
+def first_choice(context: Context, joining: Joining, row: RoundRow, now: float) -> Choice | Decline:
+    """The best candidate that this device has the mechanisms, memory and time for."""
+    run, described, fit = _known(joining)
+    offer, known = row.offer, set(described.mechanisms)
+    missing = offer.spec.needs() - known
+    candidates = [one for one in offer.candidates if one.needs() <= known]
+    if not candidates:
+        missing = missing or frozenset().union(*(one.needs() - known for one in offer.candidates))
+    if missing:
+        return decline_of(context, row, "mechanism", f"this device lacks {', '.join(sorted(missing))}")
+    found = choose(
+        candidates, fit=fit, budgets=_budgets(context, row, fit, now), shape=run.shape, lora=run.lora,
+        down_bytes=_missing_bytes(context, offer),
+    )  # fmt: skip
+    if isinstance(found, Infeasible):
+        return decline_of(context, row, found.reason, found.message)
+    return Choice(
+        device=context.device, run=offer.run, round=offer.round, candidate=found.candidate,
+        binding=found.binding, reason=found.reason,
+    )  # fmt: skip
+
+
+def smaller_choice(
+    context: Context, joining: Joining, row: RoundRow, failed: Choice, now: float, message: str
+) -> Choice | Decline:
+    """What to try after the trainer ran out of memory with ``failed``."""
+    run, described, fit = _known(joining)
+    known = set(described.mechanisms)
+    found = step_down(
+        [one for one in row.offer.candidates if one.needs() <= known], failed.candidate, fit=fit,
+        budgets=_budgets(context, row, fit, now), shape=run.shape, lora=run.lora,
+        down_bytes=_missing_bytes(context, row.offer),
+    )  # fmt: skip
+    if found is None:
+        return decline_of(context, row, "memory", f"out of memory with the smallest candidate: {message}")
+    return replace(
+        failed, candidate=found.candidate, binding="memory", attempt=failed.attempt + 1, reason=found.reason
+    )
+
+
+def decline_of(context: Context, row: RoundRow, reason: DeclineReason, message: str) -> Decline:
+    """``message`` is cut to what a record may hold."""
+    return Decline(
+        device=context.device, run=row.offer.run, round=row.round, reason=reason, message=message[:4096]
+    )
+
+
+def _known(joining: Joining) -> tuple[Run, Described, Fit]:
+    run, described, fit = joining.run, joining.described, joining.fit
+    if run is None or described is None or fit is None:
+        raise RuntimeError("an offer was judged before the agent was ready")
+    return run, described, fit
+
+
+def _budgets(context: Context, row: RoundRow, fit: Fit, now: float) -> Budgets:
+    """Measured now; the time is the plan's, or what the deadline leaves."""
+    memory, link = memory_now(context, fit), link_now(context)
+    left_s = min(row.offer.time_budget_s, row.received + row.offer.deadline_s - now)
+    return Budgets(memory_mb=memory.budget_mb, deadline_s=left_s, up_bps=link.up_bps, down_bps=link.down_bps)
+
+
+def _missing_bytes(context: Context, offer: Offer) -> int:
+    return sum(ref.bytes for ref in offer.versions if not context.store.has(ref.object))
