@@ -10,7 +10,8 @@ from typing import Any
 import msgspec
 
 from aggregator.fleet import Fleet
-from aggregator.rounds import DONE, Rounds
+from aggregator.participations import DONE
+from aggregator.rounds import Rounds
 from aggregator.state.base import ParticipationRow, Store
 from aggregator.transfers import Ledger, Upload, Uploads
 from aggregator.validation import Claim, check_announce, check_origin, refuse
@@ -71,7 +72,7 @@ class Intake:
         Raises StateError where something that was accepted is gone.
         """
         waited_for = set()
-        for row in self._rounds.present():
+        for row in self._rounds.participations.present():
             if row.state != "sending" or row.announce is None or row.object is None:
                 continue
             waited_for.add(row.device)
@@ -88,13 +89,13 @@ class Intake:
         if refusal is not None:
             self._refuse(refusal)
             return
-        row = self._rounds.participation(announce.round, device)
+        row = self._rounds.participations.find(announce.round, device)
         if row is not None and self._answer_again(row, announce):
             return
         refusal = check_announce(announce, self._claim(row, announce))
         if refusal is not None:
             self._uploads.forget(device)
-            self._rounds.on_refused(announce, refusal)
+            self._rounds.participations.on_refused(announce, refusal)
             self._refuse(refusal)
             return
         upload = self._uploads[device]
@@ -105,7 +106,7 @@ class Intake:
         except StateError as error:
             self._refuse(refuse(announce, "storage", error.message, error.hint))
             return
-        self._rounds.on_sending(announce)
+        self._rounds.participations.on_sending(announce)
 
     def on_chunk(self, device: str, chunk: Chunk) -> bool:
         """False where the chunk belongs to no upload under way. Raises ProtocolError."""
@@ -165,7 +166,7 @@ class Intake:
         )
 
     def _offer(self, announce: Announce) -> Offer | None:
-        row = self._rounds.participation(announce.round, announce.device)
+        row = self._rounds.participations.find(announce.round, announce.device)
         return None if row is None else msgspec.json.decode(row.offer, type=Offer)
 
     def _finish(self, upload: Upload, now: float) -> None:
@@ -177,24 +178,24 @@ class Intake:
             self._corrupt[key] += 1
             refusal = refuse(announce, "corrupt", error.message, error.hint)
             if self._corrupt[key] >= _CORRUPT_TRIES:
-                self._rounds.on_refused(announce, refusal)
+                self._rounds.participations.on_refused(announce, refusal)
             self._refuse(refusal)
             return
         self._judge(announce, path, upload.receiver.duplicate_bytes, now - upload.began)
 
     def _judge(self, announce: Announce, path: Path, duplicate_bytes: int, upload_s: float | None) -> None:
         """The object is durable, and nobody was told: it is stored and receipted, or refused and removed."""
-        row = self._rounds.participation(announce.round, announce.device)
+        row = self._rounds.participations.find(announce.round, announce.device)
         refusal = check_announce(announce, self._claim(row, announce)) or self._check(path, announce)
         if refusal is not None:
-            self._rounds.on_refused(announce, refusal)
+            self._rounds.participations.on_refused(announce, refusal)
             if announce.object not in self._store.objects():
                 self._objects.remove(announce.object)
             self._refuse(refusal)
             return
         with self._store.transaction():
             self._ledger.save()
-            receipt = self._rounds.on_received(announce, duplicate_bytes, upload_s)
+            receipt = self._rounds.participations.on_received(announce, duplicate_bytes, upload_s)
         self._send(announce.device, receipt)
         self._emit(
             "update.received",

@@ -89,7 +89,7 @@ class Reception:
             case Choice():
                 self._on_choice(record)
             case Decline():
-                if self._rounds.on_decline(record):
+                if self._rounds.participations.on_decline(record):
                     self._uploads.forget(device)
                     self._emit(
                         "round.decline",
@@ -146,7 +146,7 @@ class Reception:
             self._rounds.offer_again(member.device)
 
     def _on_choice(self, choice: Choice) -> None:
-        if not self._rounds.on_choice(choice):
+        if not self._rounds.participations.on_choice(choice):
             return
         status, one = self._fleet[choice.device].status, choice.candidate
         self._emit(

@@ -20,17 +20,15 @@ from typing import Any, Protocol
 import msgspec
 
 from aggregator.fleet import Fleet
+from aggregator.participations import DONE, Participations, critical_path, to_json
 from aggregator.planner.plan import RoundPlan
-from aggregator.state.base import ParticipationRow, ParticipationState, RoundRow, Store, VersionRow
+from aggregator.state.base import ParticipationRow, RoundRow, Store, VersionRow
 from edge_sdk.clock import Clock
 from edge_sdk.errors import StateError
 from edge_sdk.protocol.trainer import Died, Evaluated, Failed
-from edge_sdk.protocol.wire import Announce, Choice, Decline, Offer, Receipt, Refusal, Run, Status
+from edge_sdk.protocol.wire import Offer, Run, Status
 
-__all__ = ["DONE", "Rounds", "RoundsPort", "Terms"]
-
-DONE: frozenset[ParticipationState] = frozenset({"received", "declined", "refused"})
-"""States of a participation from which nothing more comes in this round."""
+__all__ = ["Rounds", "RoundsPort", "Terms"]
 
 _SAVE_S = 2.0
 """How often the time that a round has been open is written down: what a crash may give back to it."""
@@ -103,13 +101,14 @@ class Rounds:
         self._last = clock.monotonic()
         self._saved = self._last
         self._not_before = self._last
-        self._evaluating = False
+        self._evaluating, self._evaluation_began = False, self._last
         self._told_waiting: tuple[int, int] | None = None
         row = store.last_round(self._name)
         if row is None:
             row = RoundRow(self._name, 0, "merging")
             store.add_round(row)
         self._row = row
+        self.participations = Participations(store, self._name, fleet, clock, lambda: self._row)
         if row.state == "waiting":
             self._not_before += self._rest_s()
 
@@ -139,81 +138,12 @@ class Rounds:
             at = versions[at].parent
         return chain
 
-    def participation(self, round: int, device: str) -> ParticipationRow | None:
-        return self._store.participation(self._name, round, device)
-
-    def present(self) -> Sequence[ParticipationRow]:
-        """Who takes part in the present round."""
-        return self._store.participations(self._name, self._row.number)
-
-    # What devices say
-
-    def on_choice(self, choice: Choice) -> bool:
-        """Notes a choice; False where it is of no open participation."""
-        row = self._open_participation(choice.round, choice.device)
-        if row is None or row.state not in ("offered", "chosen"):
-            return False
-        self._set(row, state="chosen", choice=_json(choice))
-        return True
-
-    def on_decline(self, decline: Decline) -> bool:
-        row = self._open_participation(decline.round, decline.device)
-        if row is None or row.state in DONE:
-            return False
-        self._set(row, state="declined", decline=_json(decline))
-        return True
-
-    def on_sending(self, announce: Announce) -> None:
-        """The update is on its way. Should a crash come between its last byte and its row, this row tells."""
-        row = self._open_participation(announce.round, announce.device)
-        if row is not None and (row.state != "sending" or row.object != announce.object):
-            self._set(row, state="sending", announce=_json(announce), object=announce.object)
-
-    def on_received(self, announce: Announce, duplicate_bytes: int, upload_s: float | None) -> Receipt:
-        """The update is durable: from now on it counts. Returns what to tell the device.
-
-        Raises StateError where the device has no open participation: callers check before they store.
-        """
-        row = self._open_participation(announce.round, announce.device)
-        if row is None or row.state in DONE:
-            raise StateError(f"an update of round {announce.round} was stored that is not waited for")
-        receipt = Receipt(
-            device=announce.device,
-            run=announce.run,
-            round=announce.round,
-            object=announce.object,
-            duplicate_bytes=duplicate_bytes,
-        )
-        self._set(
-            row,
-            state="received",
-            announce=_json(announce),
-            object=announce.object,
-            bytes=announce.bytes,
-            samples=announce.samples,
-            train_s=announce.measured.train_s,
-            upload_s=upload_s,
-            shaped_s=self._shaped_s(announce),
-            duplicate_bytes=duplicate_bytes,
-            receipt=_json(receipt),
-            received_at=self._clock.wall(),
-        )
-        return receipt
-
-    def on_refused(self, announce: Announce, refusal: Refusal) -> None:
-        """The device's update of this round was refused for good."""
-        row = self._open_participation(announce.round, announce.device)
-        if row is not None and row.state not in DONE:
-            self._set(
-                row, state="refused", announce=_json(announce), object=announce.object, refusal=_json(refusal)
-            )
-
     def on_evaluated(self, reply: Evaluated | Failed | Died) -> None:
         row = self._row
         if row.state != "evaluating" or row.version is None:
             return
         self._evaluating = False
-        wall = self._clock.wall()
+        wall, took = self._clock.wall(), self._clock.monotonic() - self._evaluation_began
         with self._store.transaction():
             if isinstance(reply, Evaluated):
                 self._store.set_version(
@@ -224,7 +154,7 @@ class Rounds:
                     examples=reply.examples,
                     evaluation_error=None,
                 )
-                self._move(evaluation_s=reply.seconds)
+                self._move(evaluating_s=took, evaluation_s=min(took, reply.seconds))
             else:
                 self._store.set_version(self._name, row.version, evaluation_error=reply.message)
             self._move(state="closed", evaluated_at=wall)
@@ -269,7 +199,7 @@ class Rounds:
 
     def offer_again(self, device: str) -> None:
         """The device may have missed its offer: it gets it again, with the time that is left."""
-        row = self._open_participation(self._row.number, device)
+        row = self.participations.open(self._row.number, device)
         if row is None or row.state not in ("offered", "chosen") or self._row.deadline_s is None:
             return
         offer = msgspec.json.decode(row.offer, type=Offer)
@@ -349,7 +279,7 @@ class Rounds:
             )
             for device, offer in offers.items():
                 self._store.add_participation(
-                    ParticipationRow(self._name, number, device, "offered", _json(offer), wall)
+                    ParticipationRow(self._name, number, device, "offered", to_json(offer), wall)
                 )
         self._port.emit(
             "round.opened",
@@ -364,7 +294,7 @@ class Rounds:
             self._port.send_offer(device, offer)
 
     def _close_if_done(self) -> bool:
-        row, taking_part = self._row, self.present()
+        row, taking_part = self._row, self.participations.present()
         left = [one for one in taking_part if one.state not in DONE]
         if left and row.deadline_s is not None and row.open_s < row.deadline_s:
             return False
@@ -376,7 +306,7 @@ class Rounds:
                 state="merging",
                 open_s=row.open_s,
                 closed_at=self._clock.wall(),
-                **self._critical(received),
+                **critical_path(received),
             )
         self._port.emit(
             "round.closed",
@@ -388,30 +318,9 @@ class Rounds:
         self._port.round_closed([one.device for one in left])
         return True
 
-    def _critical(self, received: Sequence[ParticipationRow]) -> dict[str, float | None]:
-        """What the round could not do without: the longest training and shaped upload of one device."""
-        paths = []
-        for one in received:
-            train, shaped = one.train_s or 0.0, one.shaped_s or 0.0
-            paths.append((train + shaped, train, shaped))
-        if not paths:
-            return {}
-        critical, _, shaped = max(paths)
-        return {
-            "slowest_train_s": max(train for _, train, _ in paths),
-            "shaped_upload_s": shaped,
-            "critical_s": critical,
-        }
-
-    def _shaped_s(self, announce: Announce) -> float:
-        """The least seconds that an upload takes on a link that its owner limits; 0: it is not limited."""
-        status = self._fleet.reported(announce.device)
-        kbps = 0.0 if status is None else status.limits.get("uplink_kbps", 0.0)
-        return 8.0 * announce.bytes / (1000.0 * kbps) if kbps > 0 else 0.0
-
     def _merge(self) -> bool:
         row, began = self._row, self._clock.monotonic()
-        received = [one for one in self.present() if one.state == "received"]
+        received = [one for one in self.participations.present() if one.state == "received"]
         if row.number > 0 and not received:
             self._close_empty()
             return True
@@ -464,7 +373,7 @@ class Rounds:
             self._move(state="closed")
             self._emit_closed()
             return True
-        self._evaluating = True
+        self._evaluating, self._evaluation_began = True, self._clock.monotonic()
         self._port.evaluate(self.chain(row.version))
         return False
 
@@ -514,14 +423,6 @@ class Rounds:
             overhead_s=row.overhead_s,
         )
 
-    def _open_participation(self, round: int, device: str) -> ParticipationRow | None:
-        if self._row.state != "open" or round != self._row.number:
-            return None
-        return self.participation(round, device)
-
-    def _set(self, row: ParticipationRow, **values: Any) -> None:
-        self._store.set_participation(self._name, row.round, row.device, **values)
-
     def _move(self, **values: Any) -> None:
         self._store.set_round(self._name, self._row.number, **values)
         self._row = replace(self._row, **values)
@@ -536,7 +437,3 @@ class Rounds:
         if self._row.state == "open" and now - self._saved >= _SAVE_S:
             self._saved = now
             self._store.set_round(self._name, self._row.number, open_s=self._row.open_s)
-
-
-def _json(record: msgspec.Struct) -> str:
-    return msgspec.json.encode(record).decode()

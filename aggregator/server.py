@@ -7,44 +7,39 @@ a simulator may do so in its place. Nothing waits: a message, a trainer's answer
 from __future__ import annotations
 
 import contextlib
+import logging
 import queue
 import shutil
 import threading
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from aggregator.adapters import Adapters
 from aggregator.brokerage import Brokerage
 from aggregator.evaluation import Evaluator, failure, setup_of
-from aggregator.fleet import Fleet
-from aggregator.intake import Intake
 from aggregator.methods.base import find_method
-from aggregator.planner.plan import RoundPlan, plan_round
 from aggregator.preparing import check_same, make_run, mathematics, run_fingerprint
-from aggregator.reception import Reception
-from aggregator.rounds import Rounds, Terms
-from aggregator.state.base import ParticipationRow, RunRow, Store, VersionRow
+from aggregator.running import Running
+from aggregator.state.base import RunRow, Store
 from aggregator.state.folder import StateFolder, check_objects, open_store
-from aggregator.transfers import Downloads, Ledger, Uploads
 from edge_sdk.clock import Clock, SystemClock
 from edge_sdk.config.run import RunConfig
 from edge_sdk.data.base_files import find_base
 from edge_sdk.errors import BrokerError, EdgeError, StateError
 from edge_sdk.events import Event, EventBus
-from edge_sdk.protocol.base import Record
 from edge_sdk.protocol.topics import Topics
 from edge_sdk.protocol.trainer import Described, Died, Failed, Progress, TrainerHost, TrainerReply
-from edge_sdk.protocol.wire import AggregatorState, Offer, Run, Status, encode
+from edge_sdk.protocol.wire import AggregatorState, Run, encode
 from edge_sdk.transport.base import Connection, Inbound, Transport, Will
 from edge_sdk.transport.objects import ObjectStore
 
 __all__ = ["Aggregator", "Stop"]
 
+_log = logging.getLogger(__name__)
 _LONGEST_S = 60.0
 _SAVE_S = 2.0
 _BATCH = 256
@@ -56,21 +51,6 @@ _GIVE_UP_S = 30.0
 @dataclass(frozen=True)
 class Stop:
     """End the server; everything stays where it is, and the same command goes on."""
-
-
-@dataclass
-class _Running:
-    """The rooms that exist once the run's record does."""
-
-    run: Run
-    base: Path
-    fleet: Fleet
-    adapters: Adapters
-    rounds: Rounds
-    uploads: Uploads
-    downloads: Downloads
-    intake: Intake
-    reception: Reception
 
 
 class Aggregator:
@@ -106,11 +86,10 @@ class Aggregator:
         self._trainer = trainer
         self._epoch = uuid.uuid4().hex
         self._inbox: queue.SimpleQueue[Inbound | Connection | TrainerReply | Stop] = queue.SimpleQueue()
-        self._running: _Running | None = None
+        self._running: Running | None = None
         self._opened = self._closed = False
         self._store_or_none: Store | None = None
         self._ever_connected = False
-        self._linger_until: float | None = None
         self._thread: threading.Thread | None = None
 
     # Life
@@ -151,8 +130,13 @@ class Aggregator:
             raise self.error
 
     def _run_quietly(self) -> None:
-        with contextlib.suppress(EdgeError):
+        try:
             self.run_forever()
+        except EdgeError as error:
+            self.error = error
+        except Exception as error:
+            _log.exception("the server failed")
+            self.error = StateError(f"the server failed: {type(error).__name__}: {error}")
 
     def open(self) -> None:
         """Takes the state folder, goes on where it stands, and connects. Does nothing the second time.
@@ -176,7 +160,6 @@ class Aggregator:
         self._store_or_none = open_store(self._folder)
         self._objects = ObjectStore(self._folder.objects)
         check_objects(self._store, self._objects)
-        self._ledger = Ledger(self._store, self.config.run.name)
         self._method = find_method(self.config.run.method)
         if self._trainer is None:
             self._trainer = _own_trainer(self._folder.trainer)
@@ -189,10 +172,17 @@ class Aggregator:
             base = check_same(row, self.config, self._folder.path)
             self._store.set_run(row.run, rounds=self.config.rounds.total, finished=False)
             self._resume(msgspec.json.decode(row.record, type=Run), base)
-        transport = self._brokerage.open(self._emit)
-        for topic in (self._topics.control("+"), self._topics.bulk("+"), self._topics.presence("+")):
-            transport.subscribe(topic)
-        transport.start(self._inbox.put, Will(self._topics.aggregator, encode(self._state(ready=False))))
+        transport = self._brokerage.open(self.emit)
+        if self._running is not None:
+            self._listen()
+        transport.start(self._inbox.put, Will(self._topics.aggregator, self._away()))
+
+    def _listen(self) -> None:
+        """Only once the run is made: who came before it is told by the retained presence."""
+        transport = self._brokerage.transport
+        if transport is not None:
+            for topic in (self._topics.control("+"), self._topics.bulk("+"), self._topics.presence("+")):
+                transport.subscribe(topic)
 
     def close(self) -> None:
         """Says goodbye and lets go of everything. May be called twice."""
@@ -201,14 +191,14 @@ class Aggregator:
             return
         self._closed = True
         with contextlib.suppress(EdgeError):
-            self._publish(self._topics.aggregator, encode(self._state(ready=False)), retain=True)
+            self.publish(self._topics.aggregator, self._away(), retain=True)
         self._brokerage.close()
         if self._trainer is not None:
             self._trainer.close()
         if self._running is not None:
-            self._running.uploads.close()
+            self._running.close()
             with contextlib.suppress(EdgeError):
-                self._save()
+                self._running.save()
         if self._store_or_none is not None:
             self._store_or_none.close()
         self._folder.release()
@@ -240,62 +230,26 @@ class Aggregator:
                 )
             )
             self._resume(run, base)
-            self._greet()
+            self._listen()
+            if self._running is not None:
+                self._running.greet()
 
-        self._emit("run.preparing", run=self.config.run.name, base=str(base))
+        self.emit("run.preparing", run=self.config.run.name, base=str(base))
         self._evaluator.describe(setup_of(self.config, spec, str(base)), described)
 
     def _resume(self, run: Run, base: Path) -> None:
-        """The run's rooms, as the store has them."""
-        config, namespace = self.config, self.config.broker.namespace
-        fleet = Fleet(self._store, run)
-        adapters = Adapters(run, self._method.merge, self._objects, self._folder.work, config.run.seed)
-        terms = Terms(
-            total=config.rounds.total,
-            min_devices=config.rounds.min_devices,
-            evaluate_every=None if config.evaluation is None else config.evaluation.every,
-            chunk_bytes=config.transfer.chunk_kib * 1024,
-            window=config.transfer.window,
-        )
-        rounds = Rounds(self._store, run, terms, fleet, self, self._clock)
-        uploads = Uploads(namespace, self._folder.partials, self._objects, self._ledger, self._say)
-        downloads = Downloads(namespace, self._objects, self._ledger, self._version_of, self._send_frame)
-        intake = Intake(
+        self._running = Running(
+            self.config,
             run,
-            self._store,
-            self._objects,
-            uploads,
-            self._ledger,
-            rounds,
-            fleet,
-            limit_bytes=int(config.transfer.max_update_mb * 1e6),
-            window=config.transfer.window,
-            check=adapters.check,
-            send=self._say,
-            emit=self._emit,
-        )
-        reception = Reception(
-            self._topics,
-            fleet,
-            rounds,
-            intake,
-            uploads,
-            downloads,
-            self._ledger,
-            self._clock,
-            self._say,
-            self._emit,
-        )
-        self._running = _Running(run, base, fleet, adapters, rounds, uploads, downloads, intake, reception)
-        intake.recover()
-        self._emit(
-            "run.ready",
-            run=run.run,
-            method=config.run.method,
-            round=rounds.row.number,
-            rounds=config.rounds.total,
-            state=rounds.row.state,
-            fingerprint=run.fingerprint.digest,
+            base,
+            self._method,
+            epoch=self._epoch,
+            store=self._store,
+            folder=self._folder,
+            objects=self._objects,
+            evaluator=self._evaluator,
+            clock=self._clock,
+            server=self,
         )
 
     # Events and time
@@ -318,15 +272,16 @@ class Aggregator:
         try:
             match event:
                 case Inbound():
-                    self._on_message(event)
+                    if self._running is not None:
+                        self._running.on_message(event)
                 case Connection():
                     self._on_connection(event)
                 case Stop():
                     self.done = True
-                    self._emit("run.stopped", run=self.config.run.name)
+                    self.emit("run.stopped", run=self.config.run.name)
                 case _:
                     self._evaluator.on_reply(event)
-        except EdgeError as error:
+        except (EdgeError, OSError) as error:
             self._fail(error)
 
     def tick(self) -> float:
@@ -337,39 +292,17 @@ class Aggregator:
             if not self._ever_connected:
                 waits.append(self._patience(now))
             if self._running is not None and not self.done:
-                waits += self._drive(self._running, now)
-            if now - self._saved >= _SAVE_S:
-                self._saved = now
-                self._ledger.save()
-        except EdgeError as error:
+                waits += self._running.drive(now)
+                if self._running.rounds.finished:
+                    left = self._running.linger(now)
+                    self.done = left is None
+                    waits.append(left or 0.0)
+                if now - self._saved >= _SAVE_S:
+                    self._saved = now
+                    self._running.ledger.save()
+        except (EdgeError, OSError) as error:
             self._fail(error)
         return 0.0 if self.done else max(0.0, min(waits))
-
-    def _drive(self, running: _Running, now: float) -> list[float]:
-        waits = []
-        running.intake.settle(now)
-        wait = running.rounds.advance()
-        if wait is not None:
-            waits.append(wait)
-        running.downloads.pump(now)
-        due = running.downloads.due(now)
-        if due is not None:
-            waits.append(due - now)
-        if running.rounds.finished:
-            waits.append(self._linger(running, now))
-        return waits
-
-    def _linger(self, running: _Running, now: float) -> float:
-        """After the last round: until everybody who took part has the final version, or long enough."""
-        if self._linger_until is None:
-            self._linger_until = now + self.config.rounds.linger_s
-        final = running.rounds.row.version
-        took_part = {row.device for row in self._store.participations(running.run.run)}
-        lacking = [device for device in sorted(took_part) if not _holds(running.fleet[device].status, final)]
-        if not lacking or now >= self._linger_until:
-            self._emit("run.over", run=running.run.run, version=final, lacking=lacking)
-            self.done = True
-        return self._linger_until - now
 
     def _patience(self, now: float) -> float:
         left = self._began + _GIVE_UP_S - now
@@ -380,88 +313,45 @@ class Aggregator:
             )
         return left
 
-    def _fail(self, error: EdgeError) -> None:
+    def _fail(self, error: EdgeError | OSError) -> None:
+        if isinstance(error, OSError):
+            error = StateError(
+                f"the state folder failed: {error.strerror or error}",
+                "see that the disk has room; the same command goes on from here",
+            )
         if self.error is None:
             self.error = error
-            self._emit("run.failed", error=type(error).__name__, message=error.message, hint=error.hint)
+            self.emit("run.failed", error=type(error).__name__, message=error.message, hint=error.hint)
         self.done = True
 
     def _on_connection(self, event: Connection) -> None:
         if event.up:
             self._ever_connected = True
-            self._emit("broker.up", broker=self._brokerage.description)
-            self._greet()
+            self.emit("broker.up", broker=self._brokerage.description)
+            if self._running is not None:
+                self._running.greet()
             return
         if event.final and isinstance(event.error, EdgeError):
             raise event.error
-        self._emit("broker.down", broker=self._brokerage.description, error=str(event.error or ""))
+        self.emit("broker.down", broker=self._brokerage.description, error=str(event.error or ""))
         if self._running is not None:
             self._running.downloads.mark_lost()
-        self._brokerage.revive(self._emit)
-
-    def _greet(self) -> None:
-        """The connection is there, or the run: everybody learns of both."""
-        running = self._running
-        if running is None or not self._publish(self._topics.run, encode(running.run), retain=True):
-            return
-        self.position_changed()
-        for row in running.rounds.present():
-            if row.state == "offered":
-                running.rounds.offer_again(row.device)
-
-    def _on_message(self, message: Inbound) -> None:
-        if self._running is not None:
-            self._running.reception.on_message(message)
+        self._brokerage.revive(self.emit)
 
     def _on_progress(self, progress: Progress) -> None:
-        self._emit("trainer.progress", stage=progress.stage, done=progress.done, total=progress.total)
+        self.emit("trainer.progress", stage=progress.stage, done=progress.done, total=progress.total)
 
-    # What the rounds need (RoundsPort)
+    # What a run needs (ServerPort)
 
-    def plan(self, round: int, devices: Sequence[Status], previous: Mapping[str, int]) -> RoundPlan:
-        return plan_round(
-            self._ready.run, self._method, devices, config=self.config, round=round, previous=previous
-        )
-
-    def initial_version(self) -> tuple[str, int]:
-        return self._ready.adapters.initial()
-
-    def merged_version(
-        self, number: int, round: int, chain: Sequence[VersionRow], updates: Sequence[ParticipationRow]
-    ) -> tuple[str, int]:
-        return self._ready.adapters.merged(number, round, chain, updates)
-
-    def evaluate(self, chain: Sequence[VersionRow]) -> None:
-        running = self._ready
-        setup = setup_of(self.config, running.run.spec, str(running.base))
-        paths = [self._objects.path(version.object) for version in chain]
-        self._evaluator.evaluate(setup, paths, running.rounds.on_evaluated)
-
-    def send_offer(self, device: str, offer: Offer) -> None:
-        self._say(device, offer)
-        self._emit("round.offer", device=device, round=offer.round, candidates=len(offer.candidates))
-
-    def position_changed(self) -> None:
-        self._publish(self._topics.aggregator, encode(self._state(ready=True)), retain=True)
-
-    def round_closed(self, missed: Sequence[str]) -> None:
-        self._ready.intake.on_missed(list(missed))
-
-    def round_over(self) -> None:
-        self._ready.uploads.keep_only(set())
-        self._objects.sweep(self._store.objects())
-        self._save()
+    def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> bool:
+        """False: not connected. Raises ProtocolError for a payload above what any broker takes."""
+        transport = self._brokerage.transport
+        return transport is not None and transport.publish(topic, payload, retain=retain)
 
     def emit(self, name: str, **fields: Any) -> None:
-        self._emit(name, **fields)
+        self.events.emit(Event(name, fields, self._clock.wall()))
 
     # How
-
-    @property
-    def _ready(self) -> _Running:
-        if self._running is None:
-            raise StateError("the run is not made yet")
-        return self._running
 
     @property
     def _store(self) -> Store:
@@ -469,46 +359,11 @@ class Aggregator:
             raise StateError("the server is not open")
         return self._store_or_none
 
-    def _state(self, ready: bool) -> AggregatorState:
-        running = self._running
-        if running is None:
-            return AggregatorState(ready=False, epoch=self._epoch, run=self.config.run.name)
-        newest, row = running.rounds.newest(), running.rounds.row
-        return AggregatorState(
-            ready=ready,
-            epoch=self._epoch,
-            run=running.run.run,
-            round=row.number,
-            rounds=self.config.rounds.total,
-            version=None if newest is None else newest.ref,
-            finished=running.rounds.finished,
-        )
-
-    def _version_of(self, digest: str) -> VersionRow | None:
-        versions = self._store.versions(self.config.run.name)
-        return next((version for version in versions if version.object == digest), None)
-
-    def _say(self, device: str, record: Record) -> bool:
-        return self._publish(self._topics.reply(device), encode(record))
-
-    def _send_frame(self, device: str, frame: bytes) -> bool:
-        return self._publish(self._topics.reply(device), frame)
-
-    def _publish(self, topic: str, payload: bytes, *, retain: bool = False) -> bool:
-        transport = self._brokerage.transport
-        return transport is not None and transport.publish(topic, payload, retain=retain)
-
-    def _save(self) -> None:
-        self._ledger.save()
+    def _away(self) -> bytes:
+        """The will, and the goodbye."""
         if self._running is not None:
-            self._running.rounds.save()
-
-    def _emit(self, name: str, **fields: Any) -> None:
-        self.events.emit(Event(name, fields, self._clock.wall()))
-
-
-def _holds(status: Status | None, version: int | None) -> bool:
-    return status is not None and version in status.holds
+            return encode(self._running.state(ready=False))
+        return encode(AggregatorState(ready=False, epoch=self._epoch, run=self.config.run.name))
 
 
 def _own_trainer(folder: Path) -> TrainerHost:

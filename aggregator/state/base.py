@@ -92,8 +92,9 @@ class RoundRow:
     wait_s: float = 0.0
     open_s: float = 0.0
     merge_s: float = 0.0
+    evaluating_s: float = 0.0
+    """Until the evaluation was there; ``evaluation_s`` of it by the trainer's own clock."""
     evaluation_s: float = 0.0
-    """What the trainer spent on evaluating, by its own clock."""
     slowest_train_s: float | None = None
     """The longest training of the round, as measured by its device."""
     shaped_upload_s: float | None = None
@@ -110,7 +111,8 @@ class RoundRow:
         """What the round cost beyond training, shaped upload and evaluation; None before its merge."""
         if self.critical_s is None:
             return None
-        return max(0.0, self.open_s + self.merge_s - self.critical_s)
+        took = self.open_s + self.merge_s + self.evaluating_s
+        return max(0.0, took - self.evaluation_s - self.critical_s)
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ class ParticipationRow:
     upload_s: float | None = None
     """From the announce that began the upload to the update being durable, outages of the server left out."""
     shaped_s: float | None = None
-    """The least seconds that the upload could take on the device's limited link; 0: it is not limited."""
+    """Seconds of the upload that the device's limit on its link accounts for; 0: it is not limited."""
     duplicate_bytes: int = 0
     refusal: str | None = None
     receipt: str | None = None

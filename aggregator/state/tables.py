@@ -85,6 +85,7 @@ rounds = Table(
     Column("wait_s", Float(53), nullable=False),
     Column("open_s", Float(53), nullable=False),
     Column("merge_s", Float(53), nullable=False),
+    Column("evaluating_s", Float(53), nullable=False),
     Column("evaluation_s", Float(53), nullable=False),
     Column("slowest_train_s", Float(53)),
     Column("shaped_upload_s", Float(53)),

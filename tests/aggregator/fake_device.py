@@ -471,7 +471,7 @@ class World:
         assert self.server is not None
         self.broker.drop("server")
         if self.server._running is not None:
-            self.server._running.uploads.close()
+            self.server._running.close()
         self.server._store.close()
         self.server._folder.release()
         self.server = None

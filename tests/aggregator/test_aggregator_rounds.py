@@ -10,7 +10,9 @@ import pytest
 from fake_device import World
 from msgspec.structs import replace
 
+from aggregator.participations import Participations
 from aggregator.rounds import Rounds
+from aggregator.running import Running
 from aggregator.state.base import Store
 from edge_sdk.errors import StateError
 from edge_sdk.protocol.trainer import Describe, Evaluate
@@ -41,7 +43,7 @@ def values(world: World, number: int) -> Any:
 
 def test_a_run_of_two_rounds(world: World) -> None:
     server = world.open()
-    device = world.device(limits={"uplink_kbps": 8.0})
+    device = world.device()
     world.pump()
     assert [receipt.round for receipt in device.receipts] == [1, 2]
     assert world.names().count("version.evaluated") == 3
@@ -52,19 +54,40 @@ def test_a_run_of_two_rounds(world: World) -> None:
     for key in before:
         np.testing.assert_allclose(after[key], before[key] + 0.01, atol=2e-3)
 
-    row = store_of(world).rounds("demo")[1]
     update = store_of(world).participation("demo", 1, "one")
     assert update is not None and update.bytes is not None
-    assert row.slowest_train_s == 2.0
-    assert row.shaped_upload_s == pytest.approx(8 * update.bytes / 8000)
-    assert row.critical_s == pytest.approx(2.0 + 8 * update.bytes / 8000)
-    assert row.evaluation_s == 0.5
 
     server.close()
     ledger = store_of(world).ledger("demo")[0]
     assert ledger.bytes_up >= 2 * update.bytes and ledger.duplicate_bytes == 0
     assert ledger.bytes_down == sum(version.bytes for version in store_of(world).versions("demo"))
     assert set(server._objects.digests()) == {version.object for version in store_of(world).versions("demo")}
+
+
+@pytest.mark.parametrize("seconds", [1.0, 10.0])
+def test_what_a_round_costs(world: World, seconds: float) -> None:
+    """Overhead is what is left of a round without training, shaped upload and evaluation."""
+    world.open(auto=False, rounds=replace(world.config.rounds, total=1))
+    world.trainer.finish()
+    world.pump()
+    world.trainer.finish()
+    device = world.device(limits={"uplink_kbps": 8.0}, frames_left=1)
+    world.pump()
+    world.pass_time(seconds)
+    device.frames_left = None
+    world.pass_time(5)
+    world.trainer.finish()
+    world.pump()
+    row = store_of(world).rounds("demo")[1]
+    update = store_of(world).participation("demo", 1, "one")
+    assert update is not None and update.bytes is not None
+    assert update.upload_s == pytest.approx(seconds, abs=1.1)
+    shaped = min(8 * update.bytes / 8000, update.upload_s)
+    assert (row.slowest_train_s, row.evaluation_s) == (2.0, 0.5)
+    assert row.shaped_upload_s == pytest.approx(shaped)
+    assert row.critical_s == pytest.approx(2.0 + shaped)
+    wall = row.open_s + row.merge_s + row.evaluating_s
+    assert row.overhead_s == pytest.approx(max(0.0, wall - 2.0 - shaped - 0.5))
 
 
 def test_same_run_again_only_lingers(world: World) -> None:
@@ -313,9 +336,9 @@ def test_killed_around_the_merge(world: World, where: str, monkeypatch: pytest.M
     device = world.device()
     with monkeypatch.context() as patch:
         if where == "before the row":
-            crash_in(patch, Rounds, "on_received")
+            crash_in(patch, Participations, "on_received")
         elif where == "before the merge":
-            crash_in(patch, type(world.server), "merged_version")
+            crash_in(patch, Running, "merged_version")
         elif where == "after the blob":
             crash_in(patch, type(store_of(world)), "add_version")
         if where == "evaluating":
@@ -344,14 +367,14 @@ def test_a_merge_done_twice_gives_the_same_bytes(world: World, monkeypatch: pyte
     world.pump()
     world.device()
     made = []
-    original = type(world.server).merged_version
+    original = Running.merged_version
 
     def twice(self: Any, *args: Any) -> Any:
         made.append(original(self, *args))
         made.append(original(self, *args))
         return made[-1]
 
-    monkeypatch.setattr(type(world.server), "merged_version", twice)
+    monkeypatch.setattr(Running, "merged_version", twice)
     world.pump()
     assert made[0] == made[1] and made[2] == made[3] and made[0] != made[2]
 

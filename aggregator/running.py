@@ -1,0 +1,233 @@
+"""The rooms of a run, put together once its record exists, and what the rounds need of the server."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from aggregator.adapters import Adapters
+from aggregator.evaluation import Evaluator, setup_of
+from aggregator.fleet import Fleet
+from aggregator.intake import Intake
+from aggregator.methods.base import Method
+from aggregator.planner.plan import RoundPlan, plan_round
+from aggregator.reception import Reception
+from aggregator.rounds import Rounds, Terms
+from aggregator.state.base import ParticipationRow, Store, VersionRow
+from aggregator.state.folder import StateFolder
+from aggregator.transfers import Downloads, Ledger, Uploads
+from edge_sdk.clock import Clock
+from edge_sdk.config.run import RunConfig
+from edge_sdk.protocol.base import Record
+from edge_sdk.protocol.topics import Topics
+from edge_sdk.protocol.wire import AggregatorState, Offer, Run, Status, encode
+from edge_sdk.transport.base import Inbound
+from edge_sdk.transport.objects import ObjectStore
+
+__all__ = ["Running", "ServerPort"]
+
+
+class ServerPort(Protocol):
+    """What a run needs of the server that it runs in."""
+
+    def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> bool: ...
+
+    def emit(self, name: str, **fields: Any) -> None: ...
+
+
+class Running:
+    """A run that goes on: the fleet, the rounds, transfers both ways. Also the ``RoundsPort``.
+
+    Raises StateError where the store is not whole.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run: Run,
+        base: Path,
+        method: Method,
+        *,
+        epoch: str,
+        store: Store,
+        folder: StateFolder,
+        objects: ObjectStore,
+        evaluator: Evaluator,
+        clock: Clock,
+        server: ServerPort,
+    ) -> None:
+        self.run = run
+        self._config = config
+        self._base = base
+        self._method = method
+        self._epoch = epoch
+        self._store = store
+        self._objects = objects
+        self._evaluator = evaluator
+        self._clock = clock
+        self._server = server
+        self._topics = Topics(config.broker.namespace)
+        self._linger_until: float | None = None
+        namespace = config.broker.namespace
+        self.ledger = Ledger(store, run.run)
+        self.fleet = Fleet(store, run)
+        self.adapters = Adapters(run, method.merge, objects, folder.work, config.run.seed)
+        terms = Terms(
+            total=config.rounds.total,
+            min_devices=config.rounds.min_devices,
+            evaluate_every=None if config.evaluation is None else config.evaluation.every,
+            chunk_bytes=config.transfer.chunk_kib * 1024,
+            window=config.transfer.window,
+        )
+        self.rounds = Rounds(store, run, terms, self.fleet, self, clock)
+        self.uploads = Uploads(namespace, folder.partials, objects, self.ledger, self._say)
+        self.downloads = Downloads(namespace, objects, self.ledger, self._version_of, self._send_frame)
+        self.intake = Intake(
+            run,
+            store,
+            objects,
+            self.uploads,
+            self.ledger,
+            self.rounds,
+            self.fleet,
+            limit_bytes=int(config.transfer.max_update_mb * 1e6),
+            window=config.transfer.window,
+            check=self.adapters.check,
+            send=self._say,
+            emit=self.emit,
+        )
+        self._reception = Reception(
+            self._topics,
+            self.fleet,
+            self.rounds,
+            self.intake,
+            self.uploads,
+            self.downloads,
+            self.ledger,
+            clock,
+            self._say,
+            self.emit,
+        )
+        self.intake.recover()
+        self.emit(
+            "run.ready",
+            run=run.run,
+            method=config.run.method,
+            round=self.rounds.row.number,
+            rounds=config.rounds.total,
+            state=self.rounds.row.state,
+            fingerprint=run.fingerprint.digest,
+        )
+
+    def on_message(self, message: Inbound) -> None:
+        """Raises EdgeError only for what is wrong with the server itself."""
+        self._reception.on_message(message)
+
+    def greet(self) -> None:
+        """The connection is there, or the run: everybody learns of both."""
+        if not self._server.publish(self._topics.run, encode(self.run), retain=True):
+            return
+        self.position_changed()
+        for row in self.rounds.participations.present():
+            if row.state == "offered":
+                self.rounds.offer_again(row.device)
+
+    def drive(self, now: float) -> list[float]:
+        """Does what is due. Returns after how many seconds to look again, by whatever asks for it."""
+        waits = []
+        self.intake.settle(now)
+        wait = self.rounds.advance()
+        if wait is not None:
+            waits.append(wait)
+        self.downloads.pump(now)
+        due = self.downloads.due(now)
+        if due is not None:
+            waits.append(due - now)
+        return waits
+
+    def linger(self, now: float) -> float | None:
+        """After the last round: seconds to go on for those who lack the final version; None: it is over."""
+        if self._linger_until is None:
+            self._linger_until = now + self._config.rounds.linger_s
+        final = self.rounds.row.version
+        took_part = {row.device for row in self._store.participations(self.run.run)}
+        lacking = [device for device in sorted(took_part) if not _holds(self.fleet[device].status, final)]
+        if lacking and now < self._linger_until:
+            return self._linger_until - now
+        self.emit("run.over", run=self.run.run, version=final, lacking=lacking)
+        return None
+
+    def state(self, ready: bool) -> AggregatorState:
+        newest = self.rounds.newest()
+        return AggregatorState(
+            ready=ready,
+            epoch=self._epoch,
+            run=self.run.run,
+            round=self.rounds.row.number,
+            rounds=self._config.rounds.total,
+            version=None if newest is None else newest.ref,
+            finished=self.rounds.finished,
+        )
+
+    def save(self) -> None:
+        self.ledger.save()
+        self.rounds.save()
+
+    def close(self) -> None:
+        """Lets go of files. What is not saved is lost, and nothing of it was promised to anybody."""
+        self.uploads.close()
+
+    # What the rounds need
+
+    def plan(self, round: int, devices: Sequence[Status], previous: Mapping[str, int]) -> RoundPlan:
+        return plan_round(
+            self.run, self._method, devices, config=self._config, round=round, previous=previous
+        )
+
+    def initial_version(self) -> tuple[str, int]:
+        return self.adapters.initial()
+
+    def merged_version(
+        self, number: int, round: int, chain: Sequence[VersionRow], updates: Sequence[ParticipationRow]
+    ) -> tuple[str, int]:
+        return self.adapters.merged(number, round, chain, updates)
+
+    def evaluate(self, chain: Sequence[VersionRow]) -> None:
+        setup = setup_of(self._config, self.run.spec, str(self._base))
+        paths = [self._objects.path(version.object) for version in chain]
+        self._evaluator.evaluate(setup, paths, self.rounds.on_evaluated)
+
+    def send_offer(self, device: str, offer: Offer) -> None:
+        self._say(device, offer)
+        self.emit("round.offer", device=device, round=offer.round, candidates=len(offer.candidates))
+
+    def position_changed(self) -> None:
+        self._server.publish(self._topics.aggregator, encode(self.state(ready=True)), retain=True)
+
+    def round_closed(self, missed: Sequence[str]) -> None:
+        self.intake.on_missed(list(missed))
+
+    def round_over(self) -> None:
+        self.uploads.keep_only(set())
+        self._objects.sweep(self._store.objects())
+        self.save()
+
+    def emit(self, name: str, **fields: Any) -> None:
+        self._server.emit(name, **fields)
+
+    # How
+
+    def _version_of(self, digest: str) -> VersionRow | None:
+        versions = self._store.versions(self.run.run)
+        return next((version for version in versions if version.object == digest), None)
+
+    def _say(self, device: str, record: Record) -> bool:
+        return self._server.publish(self._topics.reply(device), encode(record))
+
+    def _send_frame(self, device: str, frame: bytes) -> bool:
+        return self._server.publish(self._topics.reply(device), frame)
+
+
+def _holds(status: Status | None, version: int | None) -> bool:
+    return status is not None and version in status.holds
