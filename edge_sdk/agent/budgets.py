@@ -3,36 +3,54 @@
 from __future__ import annotations
 
 from edge_sdk.agent.context import Context
+from edge_sdk.errors import MissingExtraError
 from edge_sdk.protocol.measure import Fit, Link, Memory
 
 __all__ = ["keep_rate", "link_now", "memory_now"]
 
 
-def memory_now(context: Context, fit: Fit) -> Memory:
-    """Measured anew at every call.
+def memory_now(context: Context, fit: Fit, device: str) -> Memory:
+    """Measured anew at every call; of the GPU where the trainer's ``device`` is one with its own memory.
 
     The budget is the owner's limit for the trainer less what the trainer holds at rest, and never more
     than the machine has left: free memory, and what a resident trainer holds already, less its rest.
+
+    Raises MissingExtraError where there is neither a limit nor a way to read the GPU's free memory.
     """
-    free = context.machine.free_memory_mb()
     limit = context.config.limits.memory_mb
+    gpu = _own_memory(context, device)
+    free = context.machine.free_memory_mb() if gpu is None else context.machine.gpu_free_mb(gpu)
+    if gpu is not None and free is None and limit is None:
+        raise MissingExtraError(
+            f"the free memory of {device} cannot be read",
+            "install edge-sdk[nvidia], or set limits.memory_mb",
+        )
     budgets = []
     if limit is not None:
         budgets.append(limit - fit.rest_mb)
     if free is not None:
-        budgets.append(free + _held_mb(context, fit) - fit.rest_mb)
+        held = _held_mb(context, fit, on_gpu=gpu is not None)
+        budgets.append(free + held - fit.rest_mb)
     return Memory(
         budget_mb=max(0.0, min(budgets, default=0.0)), rest_mb=fit.rest_mb, free_mb=free, limit_mb=limit
     )
 
 
-def _held_mb(context: Context, fit: Fit) -> float:
+def _own_memory(context: Context, device: str) -> int | None:
+    """Index of the GPU that ``device`` is; None for a processor, and where both share one memory."""
+    kind, _, index = device.partition(":")
+    if kind != "cuda" or any("integrated" in name for name in context.machine.read_profile().accelerators):
+        return None
+    return int(index or 0)
+
+
+def _held_mb(context: Context, fit: Fit, *, on_gpu: bool) -> float:
     """What the trainer already holds, and free memory therefore lacks."""
     trainer = context.desk.trainer
     if not trainer.loaded:
         return 0.0
     pid = getattr(trainer, "pid", None)
-    held = None if pid is None else context.machine.process_rss_mb(pid)
+    held = None if pid is None or on_gpu else context.machine.process_rss_mb(pid)
     return fit.rest_mb if held is None else held
 
 

@@ -27,8 +27,8 @@ def first_choice(context: Context, joining: Joining, row: RoundRow, now: float) 
     if missing:
         return decline_of(context, row, "mechanism", f"this device lacks {', '.join(sorted(missing))}")
     found = choose(
-        candidates, fit=fit, budgets=_budgets(context, row, fit, now), shape=run.shape, lora=run.lora,
-        down_bytes=_missing_bytes(context, offer),
+        candidates, fit=fit, budgets=_budgets(context, row, fit, described.device, now),
+        shape=run.shape, lora=run.lora, down_bytes=_missing_bytes(context, offer),
     )  # fmt: skip
     if isinstance(found, Infeasible):
         return decline_of(context, row, found.reason, found.message)
@@ -46,7 +46,7 @@ def smaller_choice(
     known = set(described.mechanisms)
     found = step_down(
         [one for one in row.offer.candidates if one.needs() <= known], failed.candidate, fit=fit,
-        budgets=_budgets(context, row, fit, now), shape=run.shape, lora=run.lora,
+        budgets=_budgets(context, row, fit, described.device, now), shape=run.shape, lora=run.lora,
         down_bytes=_missing_bytes(context, row.offer),
     )  # fmt: skip
     if found is None:
@@ -70,9 +70,9 @@ def _known(joining: Joining) -> tuple[Run, Described, Fit]:
     return run, described, fit
 
 
-def _budgets(context: Context, row: RoundRow, fit: Fit, now: float) -> Budgets:
+def _budgets(context: Context, row: RoundRow, fit: Fit, device: str, now: float) -> Budgets:
     """Measured now; the time is the plan's, or what the deadline leaves."""
-    memory, link = memory_now(context, fit), link_now(context)
+    memory, link = memory_now(context, fit, device), link_now(context)
     left_s = min(row.offer.time_budget_s, row.received + row.offer.deadline_s - now)
     return Budgets(memory_mb=memory.budget_mb, deadline_s=left_s, up_bps=link.up_bps, down_bps=link.down_bps)
 

@@ -34,6 +34,8 @@ class Machine(Protocol):
 
     def process_rss_mb(self, pid: int) -> float | None: ...
 
+    def gpu_free_mb(self, index: int) -> float | None: ...
+
 
 class BaseFiles(Protocol):
     """The base model's files, without torch; ``edge_sdk.data.base_files`` is one."""

@@ -209,7 +209,7 @@ class Core:
         if event.up:
             self._down_since = None
             context.emit("connection.up", broker=context.transport.description)
-            context.publish(context.topics.presence(context.device), self._presence(True), retain=True)
+            self._be_present()
             return
         if event.final and isinstance(event.error, EdgeError):
             self.fail(event.error)
@@ -320,6 +320,8 @@ class Core:
             return
         context.reachable = reachable
         if reachable:
+            # Again: an aggregator that was not ready, or a broker that forgot, may have missed it.
+            self._be_present()
             self._report()
             self.downloads.connected(context.clock.monotonic())
         self._occasion("connect" if reachable else "disconnect")
@@ -366,6 +368,10 @@ class Core:
                 )
             )
         return until
+
+    def _be_present(self) -> None:
+        context = self.context
+        context.publish(context.topics.presence(context.device), self._presence(True), retain=True)
 
     def _presence(self, online: bool) -> bytes:
         from edge_sdk import __version__

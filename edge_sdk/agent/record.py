@@ -106,6 +106,8 @@ class AgentRecord:
                 self._db.execute("PRAGMA synchronous=FULL")
             self._db.execute("PRAGMA cache_size=-256")
             (found,) = self._db.execute("PRAGMA user_version").fetchone()
+            if found == 0 and read_only:
+                raise StateError(f"the state file {path} is only being made", "try again in a moment")
             if found == 0:
                 with self.transaction():
                     for statement in _TABLES.split(";\n"):

@@ -53,7 +53,7 @@ def status_record(
         samples=described.samples,
         profile=context.machine.read_profile(disk=context.folder),
         fit=fit,
-        memory=memory_now(context, fit),
+        memory=memory_now(context, fit, described.device),
         link=link_now(context),
         holds=tuple(number for number, ref in held.items() if context.store.has(ref.object)),
         position=position,

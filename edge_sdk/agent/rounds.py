@@ -7,6 +7,7 @@ so that a restarted agent goes on by the same path as one that never stopped.
 from __future__ import annotations
 
 import shutil
+from math import isfinite
 from typing import Any
 
 from msgspec.structs import replace
@@ -255,6 +256,10 @@ class Rounds:
             return
         if isinstance(reply, Trained):
             measured = reply.measured
+            if not all(isfinite(getattr(measured, name)) for name in measured.__struct_fields__):
+                # JSON has no such numbers, and no aggregator would take the update.
+                self.decline("trainer", "the training diverged: a measured figure is not finite")
+                return
             self._context.emit(
                 "training.done", round=row.round, samples=reply.samples, peak_mb=measured.peak_mb,
                 rest_mb=measured.rest_mb, train_s=measured.train_s, loss_last=measured.loss_last,

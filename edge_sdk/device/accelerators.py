@@ -6,7 +6,7 @@ from pathlib import Path
 
 from edge_sdk.device.files import text_in
 
-__all__ = ["accelerators"]
+__all__ = ["accelerators", "gpu_free_mb"]
 
 
 def accelerators(root: Path) -> tuple[tuple[str, ...], str]:
@@ -29,6 +29,26 @@ def accelerators(root: Path) -> tuple[tuple[str, ...], str]:
     if root == Path("/") and any(Path(node).exists() for node in ("/dev/nvidiactl", "/dev/dxg")):
         return _by_nvml()
     return (), "no NVIDIA driver is loaded"
+
+
+def gpu_free_mb(index: int) -> float | None:
+    """Free memory of a GPU that has its own, in MB; None where it cannot be read (NVML, nvidia-ml-py).
+
+    ``index`` is NVML's, which is CUDA's with CUDA_DEVICE_ORDER=PCI_BUS_ID and every device visible.
+    """
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+        try:
+            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+            return float(pynvml.nvmlDeviceGetMemoryInfo(handle).free) / 1e6
+        finally:
+            pynvml.nvmlShutdown()
+    except pynvml.NVMLError:
+        return None
 
 
 def _by_nvml() -> tuple[tuple[str, ...], str]:

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import psutil
 
-from edge_sdk.device.accelerators import accelerators
+from edge_sdk.device.accelerators import accelerators, gpu_free_mb
 from edge_sdk.device.cgroups import memory_limits, processor_limit
 from edge_sdk.device.files import number_in, text_in
 from edge_sdk.protocol.measure import Profile
 
-__all__ = ["free_memory_mb", "process_rss_mb", "read_profile", "total_memory_mb"]
+__all__ = ["free_memory_mb", "gpu_free_mb", "process_rss_mb", "read_profile", "total_memory_mb"]
 
 _ROOT = Path("/")
 

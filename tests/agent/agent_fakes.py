@@ -181,6 +181,8 @@ def answer(request: TrainerRequest) -> TrainerReply:
 class FakeMachine:
     def __init__(self, free_mb: float = 10_000) -> None:
         self.free_mb = free_mb
+        self.gpu_mb: float | None = None
+        self.rss_mb: float | None = None
 
     def read_profile(self, *, disk: Path | None = None) -> Profile:
         return Profile(machine="fake", cores=2, memory_mb=16_000, free_mb=self.free_mb)
@@ -189,7 +191,10 @@ class FakeMachine:
         return self.free_mb
 
     def process_rss_mb(self, pid: int) -> float | None:
-        return None
+        return self.rss_mb
+
+    def gpu_free_mb(self, index: int) -> float | None:
+        return self.gpu_mb
 
 
 class FakeBase:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from agent_fakes import PRINT, FakeBase, World, a_run, version_object
+from agent_fakes import PRINT, FakeBase, World, a_run, answer, version_object
 from msgspec.structs import replace
 
 from edge_sdk.agent.inbox import ExportRequest, GateChanged, Pause, Resume
 from edge_sdk.errors import BaseModelError, DataError, FingerprintError, StateError
 from edge_sdk.protocol.spec import TrainSpec
-from edge_sdk.protocol.trainer import Describe, Probe
+from edge_sdk.protocol.trainer import Describe, Probe, Trained
 from edge_sdk.protocol.wire import Announce, Choice, Decline, Have, Presence, Receipt, Refusal, Status
 
 
@@ -156,6 +156,19 @@ def test_other_deaths_are_tried_three_times(world: World) -> None:
         world.trainer.die(exit=-11)
         world.settle()
     assert [one.candidate.id for one in world.trainer.trained] == ["d4"] * 3
+    assert [one.reason for one in world.aggregator.got(Decline)] == ["trainer"]
+
+
+def test_a_training_that_diverged_is_declined(world: World) -> None:
+    world.trainer.auto = False
+    joined(world)
+    world.aggregator.offer()
+    world.settle()
+    assert world.trainer.pending is not None
+    good = answer(world.trainer.pending)
+    assert isinstance(good, Trained)
+    world.trainer.reply(replace(good, measured=replace(good.measured, loss_last=float("nan"))))
+    world.settle()
     assert [one.reason for one in world.aggregator.got(Decline)] == ["trainer"]
 
 
@@ -324,7 +337,7 @@ def test_a_new_epoch_hears_everything_again(world: World) -> None:
     world.aggregator.receipts = True
     world.aggregator.state(epoch="e2")
     world.settle()
-    assert [type(one) for one in world.aggregator.records[:2]] == [Status, Announce]
+    assert [type(one) for one in world.aggregator.records[:3]] == [Presence, Status, Announce]
     assert world.aggregator.got(Announce)[0].sent_bytes == 9600
     assert world.event("update.receipt").fields["bytes_resent"] == 9600
     assert world.core.context.record.ledger("run-1")["bytes_resent"] == 9600
@@ -461,7 +474,7 @@ def test_presence_is_retained_and_willed(world: World) -> None:
     world.broker.drop("agent-one")
     world.settle()
     presence = world.aggregator.got(Presence)
-    assert [one.online for one in presence] == [True, False] and presence[0].session == 1
+    assert [one.online for one in presence] == [True, True, False] and presence[0].session == 1
 
 
 def test_stray_records_are_problems_and_nothing_more(world: World) -> None:

@@ -1,0 +1,58 @@
+"""Memory and link, as the choice sees them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from agent_fakes import FIT, World
+
+from edge_sdk.agent.budgets import keep_rate, link_now, memory_now
+from edge_sdk.errors import MissingExtraError
+
+
+def world(folder: Path, **limits: float) -> World:
+    one = World(folder, **limits)
+    one.start()
+    return one
+
+
+def test_free_memory_less_what_the_trainer_will_hold(tmp_path: Path) -> None:
+    one = world(tmp_path)
+    one.machine.free_mb = 400
+    assert memory_now(one.core.context, FIT, "cpu").budget_mb == 300
+
+
+def test_a_resident_trainer_holds_its_rest_already(tmp_path: Path) -> None:
+    one = world(tmp_path)
+    one.machine.free_mb, one.trainer.loaded = 400, True
+    assert memory_now(one.core.context, FIT, "cpu").budget_mb == 400
+    one.trainer.pid, one.machine.rss_mb = 1, 150.0  # type: ignore[attr-defined]
+    assert memory_now(one.core.context, FIT, "cpu").budget_mb == 450
+
+
+def test_the_limit_and_the_machine_both_bind(tmp_path: Path) -> None:
+    one = world(tmp_path, memory_mb=250.0)
+    one.machine.free_mb = 400
+    assert memory_now(one.core.context, FIT, "cpu").budget_mb == 150
+    one.machine.free_mb = 180
+    assert memory_now(one.core.context, FIT, "cpu").budget_mb == 80
+    one.machine.free_mb = 50
+    assert memory_now(one.core.context, FIT, "cpu").budget_mb == 0
+
+
+def test_a_gpu_has_its_own_memory(tmp_path: Path) -> None:
+    one = world(tmp_path)
+    with pytest.raises(MissingExtraError, match="cuda:0"):
+        memory_now(one.core.context, FIT, "cuda:0")
+    one.machine.gpu_mb, one.trainer.loaded = 5000.0, True
+    assert memory_now(one.core.context, FIT, "cuda:0").budget_mb == 5000
+
+
+def test_links_are_configured_or_measured(tmp_path: Path) -> None:
+    one = world(tmp_path)
+    assert link_now(one.core.context).source == "unknown"
+    for rate in (1e6, 2e6):
+        keep_rate(one.core.context, "up", rate)
+    link = link_now(one.core.context)
+    assert (link.up_bps, link.down_bps, link.source) == (1.5e6, None, "measured")
