@@ -126,6 +126,8 @@ class Engine:
         from edge_sdk.training.base import local_base
 
         folder = local_base(setup.base)
+        # what a training needs is loaded now, and so part of the memory at rest
+        from edge_sdk.training import update as _  # noqa: F401
         from edge_sdk.training.resident import Resident, resident_key
 
         self._check()

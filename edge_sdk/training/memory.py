@@ -41,7 +41,7 @@ class Meter:
         if self._cuda is not None:
             torch.cuda.synchronize(device)
             torch.cuda.reset_peak_memory_stats(device)
-            self.rest_mb = torch.cuda.memory_allocated(device) / _MB
+            self.rest_mb: float = torch.cuda.memory_allocated(device) / _MB
             return
         try:
             Path("/proc/self/clear_refs").write_text("5")

@@ -118,11 +118,15 @@ def _setting(
 
 
 def _fits(setting: tuple[int, int], points: list[ProbePoint], growth: float | None, prior: Fit) -> bool:
-    """By the counted model, scaled up where a measured point was above it."""
+    """Whether it stays below the limit by counting on from the deepest point measured, of its kind if any."""
     if growth is None:
         return True
-    ratios = [p.peak_mb / peak_mb(prior, p.depth, p.quantized_layers) for p in points]
-    return peak_mb(prior, *setting) * max(1.0, *ratios) <= _MARGIN * growth
+    counted = peak_mb(prior, *setting)
+    alike = [p for p in points if (p.quantized_layers > 0) == (setting[1] > 0)] or points
+    if alike:
+        anchor = max(alike, key=lambda p: p.depth)
+        counted += anchor.peak_mb - peak_mb(prior, anchor.depth, anchor.quantized_layers)
+    return counted <= _MARGIN * growth
 
 
 def _measure(

@@ -151,7 +151,8 @@ class Resident:
                 chosen = torch.from_numpy(order)
                 yield (*rows.inputs(chosen, self.device), rows.targets(chosen, self.device))
         drawn = [torch.from_numpy(next(orders)) for _ in range(candidate.steps * candidate.accumulation)]
-        features = self._head_inputs(rows, torch.cat(drawn), candidate.micro_batch)
+        # half a batch at a time: a forward pass alone, yet never near what a step takes
+        features = self._head_inputs(rows, torch.cat(drawn), max(1, candidate.micro_batch // 2))
         for chosen in drawn:
             yield features[chosen].unsqueeze(1).to(self.device), None, rows.targets(chosen, self.device)
 

@@ -101,14 +101,20 @@ class ActivationStore:
         return run
 
     def _pack(self, tensor: Any) -> Any:
+        packed = self._packed_view(tensor)
+        # An operation's saved output points back at it: handed on as it is, the two would keep each other,
+        # and with them the whole graph, alive where no backward pass lets go of it.
+        return tensor.detach() if packed is None else packed
+
+    def _packed_view(self, tensor: Any) -> _View | None:
         if tensor.dtype != torch.float32 or tensor.numel() < self._smallest:
-            return tensor
+            return None
         storage = tensor.untyped_storage()
         if storage._cdata in self._frozen or tensor.layout != torch.strided:
-            return tensor
+            return None
         rows = _rows(tensor)
         if rows is None:
-            return tensor
+            return None
         key = (storage._cdata, tensor._version)
         known = self._live.get(key)
         if known is None or known[0].expired():
@@ -120,7 +126,7 @@ class ActivationStore:
             self._live[key] = (StorageWeakRef(storage), packed)
         else:
             packed = known[1]
-        return tensor if packed is None else _View(packed, tensor)
+        return None if packed is None else _View(packed, tensor)
 
     def _unpack(self, held: Any) -> Any:
         if not isinstance(held, _View):

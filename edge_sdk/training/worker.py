@@ -47,9 +47,11 @@ class _Worker:
             while data := self._pair.recv(1 << 16):
                 for message in unframer.feed(data):
                     self._take(message)
-        except (OSError, ProtocolError) as error:
-            _log.error("the host cannot be understood any more: %s", error)
+        except ProtocolError as error:
+            _log.error("the host is not understood: %s", error)
             os._exit(1)
+        except OSError:  # reset: the host died with replies unread
+            pass
         os._exit(0)  # the host is gone; the main thread may be in the middle of a step
 
     def _take(self, message: bytes) -> None:

