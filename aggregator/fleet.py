@@ -94,9 +94,12 @@ class Fleet:
         return None if row is None or row.status is None else msgspec.json.decode(row.status, type=Status)
 
     def on_presence(self, presence: Presence, wall: float) -> Member | None:
-        """The device as it is now; None where the record is of an older session, so nothing changed."""
+        """The device as it is now; None for a late will of an older session: nothing changed.
+
+        Who is online says the truth about its session, also a lower one: its state folder may be new.
+        """
         before = self[presence.device]
-        if presence.session < before.session:
+        if presence.session < before.session and not presence.online:
             return None
         member = replace(before, session=presence.session, online=presence.online)
         if presence.online and presence.protocol != PROTOCOL:

@@ -256,6 +256,20 @@ def test_a_late_will_of_an_older_session_is_ignored(world: World) -> None:
     assert world.server._running.fleet["one"].online
 
 
+def test_a_device_whose_state_folder_was_lost_may_come_again(world: World) -> None:
+    world.open()
+    device = world.device(session=5, until="announce")
+    world.pump()
+    device.leave()
+    world.pump()
+    device.session = 0
+    device.until, device.announce = "receipt", None
+    device.offer = None
+    device.come_back()
+    world.pump()
+    assert [receipt.round for receipt in device.receipts] == [1, 2]
+
+
 def test_link_figures_are_smoothed(world: World) -> None:
     from edge_sdk.protocol.measure import Link
 
