@@ -32,6 +32,7 @@ __all__ = [
     "split_dirichlet",
     "split_evenly",
     "word_order_task",
+    "write_jsonl",
 ]
 
 _AREA_MODULES = {

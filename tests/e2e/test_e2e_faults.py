@@ -39,7 +39,7 @@ class Told:
 @pytest.fixture(scope="module")
 def told(fleets: Callable[[str], Fleet]) -> Iterator[Told]:
     fleet = fleets("faults")
-    fleet.write_run(method="e2e_method:METHOD", rounds=ROUNDS, steps=6, devices=2, evaluate=False)
+    fleet.write_run(method="e2e_method:METHOD", rounds=ROUNDS, steps=20, devices=2, evaluate=False)
     fleet.start_server()
     url = fleet.broker_url()
     cable = Cable(int(url.rsplit(":", 1)[1]))
@@ -79,7 +79,7 @@ def told(fleets: Callable[[str], Fleet]) -> Iterator[Told]:
     cable.mend()
 
     # Round 4: the trainer is killed in the middle of training
-    fleet.wait_for(SLOW, "training.start", lambda f: f["round"] == 4)
+    fleet.wait_for(SLOW, "training.progress", lambda f: f["round"] == 4 and f["stage"] == "training")
     for child in psutil.Process(fleet.children[SLOW].process.pid).children(recursive=True):
         os.kill(child.pid, signal.SIGKILL)
 

@@ -1,0 +1,199 @@
+"""The demo as a user starts it: real weights, real text, a process for everything; it learns, and it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+pytest.importorskip("torch")
+
+from examples.demo.setting import base_model
+
+pytestmark = [pytest.mark.e2e, pytest.mark.train, pytest.mark.timeout(600)]
+ROOT = Path(__file__).parents[2]
+ISSUE_FIELDS = {
+    "accuracy_start", "accuracy_end", "accuracy_head_only", "rounds", "wall_s", "overhead_s", "base_model",
+    "broker", "devices",
+}  # fmt: skip
+DEVICE_FIELDS = {
+    "id", "device_class", "emulated", "limits", "depth", "quantized_layers", "binding_budget", "rest_mb",
+    "predicted_peak_mb", "measured_peak_mb", "bytes_up", "bytes_down", "chunks_up", "bytes_resent",
+    "fp32_bytes_up",
+}  # fmt: skip
+BIG, SMALL, FAR = "jetson-agx-orin-64gb", "jetson-orin-nano-8gb", "raspberry-pi-5"
+
+
+def start_demo(out: Path, *words: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "examples.demo", "--out", str(out), "--json", "--no-control", *words]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def demo(out: Path, *words: str) -> Any:
+    process = start_demo(out, *words)
+    told, progress = process.communicate(timeout=500)
+    assert process.returncode == 0, progress
+    return json.loads(told)
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("demo") / "run"
+
+
+@pytest.fixture(scope="module")
+def summary(out: Path) -> Any:
+    """100 steps a device at length 32."""
+    return demo(out, "--rounds", "4", "--steps", "25")
+
+
+def choices(summary: Any) -> dict[str, tuple[int, int, str]]:
+    return {d["id"]: (d["depth"], d["quantized_layers"], d["binding_budget"]) for d in summary["devices"]}
+
+
+def test_it_learns(summary: Any) -> None:
+    assert summary["accuracy_end"] >= summary["accuracy_start"] + 0.3
+    assert summary["accuracy_start"] < 0.2
+
+
+def test_three_devices_three_choices_each_with_its_budget(summary: Any) -> None:
+    chosen = choices(summary)
+    assert chosen[BIG] == (6, 0, "none")
+    depth, quantized, binding = chosen[SMALL]
+    assert depth >= 1 and quantized > 0 and binding == "memory"
+    depth, quantized, binding = chosen[FAR]
+    assert 1 <= depth < 6 and quantized == 0 and binding == "link"
+    assert len(set(chosen.values())) == 3
+
+
+def test_predicted_memory_is_near_the_measured(summary: Any) -> None:
+    for device in summary["devices"]:
+        for told in device["rounds"]:
+            predicted, measured = told["predicted_peak_mb"], told["measured_peak_mb"]
+            assert abs(predicted - measured) <= max(8.0, 0.25 * measured), (device["id"], told)
+
+
+def test_the_memory_limit_holds(summary: Any) -> None:
+    (small,) = [d for d in summary["devices"] if d["id"] == SMALL]
+    for told in small["rounds"]:
+        assert told["rest_mb"] + told["measured_peak_mb"] <= small["limits"]["memory_mb"]
+    assert small["activation_store_saves_mb_per_layer"] > 0
+
+
+def test_the_summary_says_everything(summary: Any, out: Path) -> None:
+    assert summary.keys() >= ISSUE_FIELDS
+    assert json.loads((out / "summary.json").read_text()) == summary
+    for device in summary["devices"]:
+        assert device.keys() >= DEVICE_FIELDS
+        assert device["emulated"] is True
+        assert device["bytes_resent"] <= 2 * 32 * 1024
+        assert 0 < device["bytes_up"] < device["fp32_bytes_up"] / 2
+    assert summary["problems"] == []
+    assert (out / "plot.png").stat().st_size > 10_000
+
+
+def test_the_exported_adapter_gives_the_live_models_logits(summary: Any, out: Path) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from edge_sdk.config.loading import load_run_config
+    from edge_sdk.protocol.model import LoraShape
+    from edge_sdk.training.model import load_model
+    from edge_sdk.updates.versions import read_adapter
+
+    config = load_run_config(out / "run.toml")
+    command = [sys.executable, "-c", "from aggregator.cli.main import main; main()", "versions", "--json"]
+    told = subprocess.run([*command, "--config", str(out / "run.toml")], capture_output=True, check=True)
+    best = max(json.loads(told.stdout), key=lambda one: (one["accuracy"], one["number"]))
+    found = [path for path in (out / "state/aggregator").rglob(f"*{best['object']}*") if path.is_file()]
+
+    folder = base_model()
+    live = load_model(folder, config.run.labels, LoraShape(), "cpu")
+    live.set_adapter(read_adapter(found[:1]))
+    base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(config.run.labels))
+    loaded = PeftModel.from_pretrained(base, out / "adapter").eval()
+
+    rows = [json.loads(line)["text"] for line in (out / "data/held-out.jsonl").read_text().splitlines()[:32]]
+    batch = AutoTokenizer.from_pretrained(folder)(
+        rows, padding="max_length", truncation=True, max_length=32, return_tensors="pt"
+    )
+    with torch.inference_mode():
+        ours = live.logits(batch["input_ids"], batch["attention_mask"])
+        theirs = loaded(**batch).logits
+    assert float((ours - theirs).abs().max()) <= 1e-4
+    assert float(ours.abs().max()) > 0.1
+
+
+def test_swapped_limits_swap_the_choices(summary: Any, tmp_path: Path) -> None:
+    before = choices(summary)
+    after = choices(demo(tmp_path / "swapped", "--rounds", "1", "--steps", "12", "--swap-limits"))
+    assert after[BIG][2] == before[SMALL][2] == "memory" and after[BIG][1] > 0
+    assert after[SMALL][2] == before[FAR][2] == "link" and after[SMALL][0] < 6
+    assert after[FAR] == before[BIG] == (6, 0, "none")
+
+
+# -- how it ends -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> Any:
+    """A demo whose agents have begun to talk, and everything that it started."""
+    process = start_demo(tmp_path / "run", "--rounds", "50")
+    logs = tmp_path / "run" / "logs"
+    wait_until(lambda: all((logs / f"{one}.jsonl").exists() for one in (BIG, SMALL, FAR)))
+    wait_until(lambda: "connection.up" in (logs / f"{FAR}.jsonl").read_text())
+    family = psutil.Process(process.pid).children(recursive=True)
+    yield process, family
+    for one in family:
+        if one.is_running():
+            one.kill()
+    process.kill()
+    process.communicate()
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 90.0) -> None:
+    ends = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < ends
+        time.sleep(0.1)
+
+
+def all_gone(family: list[psutil.Process]) -> bool:
+    return not [p for p in psutil.wait_procs(family, timeout=20)[1] if p.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_ctrl_c_ends_every_process(running: Any) -> None:
+    process, family = running
+    assert len(family) >= 4
+    os.kill(process.pid, signal.SIGINT)
+    _, progress = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in progress and "Traceback" not in progress
+    assert all_gone(family)
+
+
+def test_a_device_that_dies_ends_the_demo_with_an_error(running: Any) -> None:
+    process, family = running
+    (agent,) = [p for p in family if f"{SMALL}.toml" in " ".join(p.cmdline())]
+    agent.kill()
+    _, progress = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert f"error: {SMALL} ended with exit code -9" in progress and "Traceback" not in progress
+    assert all_gone(family)
