@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -38,8 +38,9 @@ def app(config: Path) -> None:
 
     # The config may also be an edge_sdk.config.agent.AgentConfig made in code. An app that holds the model
     # anyway hands in trainer=edge_sdk.training.inline.InlineTrainer() instead of paying for a second one.
-    with Agent(config, give_up_s=60) as agent:
-        agent.on(show)
+    agent = Agent(config, give_up_s=60)
+    agent.on(show)
+    with agent:
         while not chosen.wait(0.5) and agent.running:
             pass
         agent.pause()  # somebody plays a game: training stops within a step, uploads go on
@@ -68,30 +69,31 @@ def own_run() -> Iterator[Path]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    with tempfile.TemporaryDirectory(prefix="embed-in-app-") as name:
-        folder = Path(name)
-        write_jsonl(folder / "train.jsonl", task.train[:2000])
-        write_jsonl(folder / "held-out.jsonl", task.held_out[:200])
-        (folder / "run.toml").write_text(
-            f'[run]\nname = "embedded"\nlabels = {json.dumps(list(task.labels))}\nstate_dir = "server"\n'
-            f'[broker]\nurl = "embedded:{port}"\n[base]\npath = "{base}"\n'
-            "[training]\nsteps = 10\nmax_length = 32\n[rounds]\ntotal = 2\nmin_devices = 1\n"
-            '[evaluation.data]\npath = "held-out.jsonl"\n'
-        )
-        (folder / "agent.toml").write_text(
-            f'[agent]\nid = "my-app"\nstate_dir = "device"\n[broker]\nurl = "mqtt://127.0.0.1:{port}"\n'
-            f'[base]\npath = "{base}"\n[data]\npath = "train.jsonl"\n'
-        )
-        code = "from aggregator.cli.main import main; main()"
-        server = subprocess.Popen(
-            [sys.executable, "-c", code, "run", "--config", str(folder / "run.toml")],
-            stdout=subprocess.DEVNULL,
-        )
-        try:
-            yield folder / "agent.toml"
-        finally:
-            server.terminate()
-            server.wait()
+    folder = Path("runs/embed-in-app").absolute()
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    write_jsonl(folder / "train.jsonl", task.train[:2000])
+    write_jsonl(folder / "held-out.jsonl", task.held_out[:200])
+    (folder / "run.toml").write_text(
+        f'[run]\nname = "embedded"\nlabels = {json.dumps(list(task.labels))}\nstate_dir = "server"\n'
+        f'[broker]\nurl = "embedded:{port}"\n[base]\npath = "{base}"\n'
+        "[training]\nsteps = 10\nmax_length = 32\n[rounds]\ntotal = 2\nmin_devices = 1\n"
+        '[evaluation.data]\npath = "held-out.jsonl"\n'
+    )
+    (folder / "agent.toml").write_text(
+        f'[agent]\nid = "my-app"\nstate_dir = "device"\n[broker]\nurl = "mqtt://127.0.0.1:{port}"\n'
+        f'[base]\npath = "{base}"\n[data]\npath = "train.jsonl"\n'
+    )
+    code = "from aggregator.cli.main import main; main()"
+    server = subprocess.Popen(
+        [sys.executable, "-c", code, "run", "--config", str(folder / "run.toml")],
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        yield folder / "agent.toml"
+    finally:
+        server.terminate()
+        server.wait()
 
 
 def main() -> None:
