@@ -73,8 +73,11 @@ def _known(joining: Joining) -> tuple[Run, Described, Fit]:
 def _budgets(context: Context, row: RoundRow, fit: Fit, device: str, now: float) -> Budgets:
     """Measured now; the time is the plan's, or what the deadline leaves."""
     memory, link = memory_now(context, fit, device), link_now(context)
-    left_s = min(row.offer.time_budget_s, row.received + row.offer.deadline_s - now)
-    return Budgets(memory_mb=memory.budget_mb, deadline_s=left_s, up_bps=link.up_bps, down_bps=link.down_bps)
+    left_s = row.received + row.offer.deadline_s - now
+    return Budgets(
+        memory_mb=memory.budget_mb, deadline_s=min(row.offer.time_budget_s, left_s), latest_s=left_s,
+        up_bps=link.up_bps, down_bps=link.down_bps,
+    )  # fmt: skip
 
 
 def _missing_bytes(context: Context, offer: Offer) -> int:

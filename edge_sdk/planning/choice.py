@@ -44,12 +44,15 @@ class Budgets:
     ``memory_mb``: above the resting trainer, as ``Memory.budget_mb``, before the safety factor.
     ``deadline_s``: what a predicted round may take (``Offer.time_budget_s``); None: as long as it likes.
     ``up_bps``, ``down_bps``: None: not known, and then no reason to exclude anything.
+    ``latest_s``: until the round closes, where that is later: where nothing meets ``deadline_s``, which is
+    only aimed at, the quickest candidate is taken as long as it meets this one. None: no such room.
     """
 
     memory_mb: float
     deadline_s: float | None = None
     up_bps: float | None = None
     down_bps: float | None = None
+    latest_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -162,7 +165,7 @@ def choose(
         return _unpredictable(candidates, fit)
     fitting = [o for o in options if not o.exceeds]
     if not fitting:
-        return _infeasible(options, budgets)
+        return _late(options, budgets) or _infeasible(options, budgets)
     best = min(fitting, key=lambda o: o.rank)
     better = [o for o in options if o.rank < best.rank]
     if best.candidate.quantized_layers:
@@ -244,6 +247,19 @@ def _binding(excluded: Sequence[_Option]) -> tuple[Budget, _Option | None]:
         if len(option.exceeds) == 1:
             return option.exceeds[0], option
     return ordered[-1].exceeds[0], ordered[-1]
+
+
+def _late(options: Sequence[_Option], budgets: Budgets) -> Chosen | None:
+    """The quickest option that fits in memory and still counts; None where none does."""
+    in_time = [
+        o
+        for o in options
+        if o.memory_use <= 1.0 and budgets.latest_s is not None and o.candidate.seconds <= budgets.latest_s
+    ]
+    if not in_time:
+        return None
+    best = min(in_time, key=lambda o: (o.candidate.seconds, o.candidate.id))
+    return Chosen(best.candidate, best.exceeds[0], best.time, "even " + _explain(best, budgets))
 
 
 def _name(candidate: Candidate) -> str:

@@ -121,6 +121,15 @@ def test_nothing_is_in_time(deadline: float) -> None:
     assert "even depth 1 with 0 quantized layers takes 1.5 s" in found.message
 
 
+def test_an_aim_that_nothing_meets_is_missed_by_as_little_as_possible() -> None:
+    # depth 1 takes 1.5 s; the plan hoped for 1, and the round stays open for 60
+    found = chosen(Budgets(memory_mb=1000, deadline_s=1.0, latest_s=60.0, up_bps=1e9))
+    assert found.candidate.depth == 1 and found.binding == "compute"
+    assert isinstance(pick(Budgets(memory_mb=1000, deadline_s=1.0, latest_s=1.0)), Infeasible)
+    slow = chosen(Budgets(memory_mb=1000, deadline_s=1.0, latest_s=1e6, up_bps=1e3))
+    assert slow.candidate.depth == 1 and slow.binding == "link"
+
+
 def test_quantized_layers_that_were_never_probed_are_not_chosen() -> None:
     plain = fit((1, 0), (6, 0))
     found = chosen(Budgets(memory_mb=150), model=plain)  # 135 MB: depth 3 plain needs 130
