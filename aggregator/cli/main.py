@@ -121,4 +121,5 @@ def main() -> None:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return "; ".join(lines).replace(":; ", ": ")

@@ -21,6 +21,7 @@ from edge_sdk.agent.reporting import folder_status
 from edge_sdk.clock import Clock, SystemClock, boot_id
 from edge_sdk.config.agent import AgentConfig
 from edge_sdk.data import base_files as real_base_files
+from edge_sdk.data.rows import read_rows
 from edge_sdk.device import machine as real_machine
 from edge_sdk.errors import StateError, TrainerError
 from edge_sdk.events import Event, EventBus
@@ -80,11 +81,13 @@ class Agent:
     def start(self) -> None:
         """Takes the state folder and begins; returns at once.
 
-        Raises StateError when another agent runs on the folder, and BrokerError or CredentialsError for a
-        broker that must not be used. A broker that is merely away is tried again.
+        Raises DataError or BaseModelError for files that no run can use, StateError when another agent runs
+        on the folder, and BrokerError or CredentialsError for a broker that must not be used. A broker that
+        is merely away is tried again.
         """
         if self.running:
             raise StateError("the agent runs already")
+        self._check_files()
         folder = Path(self.config.agent.state_dir)
         self._lock = FolderLock(folder)
         try:
@@ -113,6 +116,13 @@ class Agent:
             raise
         self._thread = threading.Thread(target=self._live, args=(core,), name="edge-agent", daemon=True)
         self._thread.start()
+
+    def _check_files(self) -> None:
+        """What can be told before there is a run: every row reads, and the base is there."""
+        for _row in read_rows(self.config.data):
+            pass
+        if self._trainer is None and Path(self.config.base.path).is_absolute():
+            real_base_files.find_base(self.config.base.path)
 
     def stop(self, *, wait: bool = True) -> None:
         """Ends the agent and its trainer; what is unfinished goes on at the next start.

@@ -29,7 +29,7 @@ def refuse(file: object, problems: Sequence[Problem]) -> None:
         raise ConfigError(f"{file}: {problem.key}: {problem.text}", problem.hint)
     if problems:
         lines = "".join(f"\n  {problem}" for problem in problems)
-        raise ConfigError(f"{file}: {len(problems)} errors:{lines}")
+        raise ConfigError(f"{file}: {len(problems)} errors:{lines}", "`init` writes a file to compare with")
 
 
 def nearest(word: str, words: Iterable[str]) -> str | None:
