@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -31,6 +32,7 @@ from edge_sdk.protocol.trainer import (
     TrainerReply,
     TrainerRequest,
 )
+from edge_sdk.training.allocator import roomy_allocator
 from edge_sdk.training.failures import InterruptError, failed
 from edge_sdk.training.words import MECHANISMS, refuse_missing
 
@@ -238,9 +240,11 @@ class Engine:
         def report(done: int) -> None:
             self._progress(request.id, "evaluating", done, len(rows))
 
-        share, loss, count = accuracy(
-            resident.model, resident.in_order(rows, setup.micro_batch), check=watch, report=report
-        )
+        free = self._enforce and setup.memory_mb is None
+        with roomy_allocator() if free else nullcontext():
+            share, loss, count = accuracy(
+                resident.model, resident.in_order(rows, setup.micro_batch), check=watch, report=report
+            )
         return Evaluated(
             id=request.id, accuracy=share, loss=loss, examples=count, seconds=time.perf_counter() - started
         )
