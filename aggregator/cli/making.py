@@ -12,9 +12,9 @@ import typer
 from aggregator.cli.looking import looking
 from aggregator.state.base import VersionRow
 from edge_sdk.config.templates import run_toml
-from edge_sdk.errors import ConfigError, StateError
+from edge_sdk.errors import ConfigError, ContainerError, StateError
 from edge_sdk.protocol.wire import Run
-from edge_sdk.transport.objects import ObjectStore
+from edge_sdk.transport.objects import ObjectStore, file_digest
 
 __all__ = ["export_version", "pick_version", "write_config"]
 
@@ -56,10 +56,11 @@ def export_version(config: Path, out: Path, number: int | None, *, as_json: bool
         from aggregator.export import export_peft
 
         objects = ObjectStore(look.folder.objects)
+        paths = [_whole(objects, version) for version in chain]
         try:
             folder = export_peft(
                 out,
-                [objects.path(version.object) for version in chain],
+                paths,
                 msgspec.json.decode(look.run.record, type=Run),
                 base=look.run.base_folder,
                 number=chosen.number,
@@ -73,6 +74,21 @@ def export_version(config: Path, out: Path, number: int | None, *, as_json: bool
             ) from error
     facts = {"folder": str(folder), "version": chosen.number, "accuracy": chosen.accuracy}
     typer.echo(json.dumps(facts) if as_json else f"wrote version {chosen.number} to {folder}")
+
+
+def _whole(objects: ObjectStore, version: VersionRow) -> Path:
+    """The version's file. Raises ContainerError where it is not the one that was written."""
+    path = objects.path(version.object)
+    try:
+        whole = file_digest(path)[0] == version.object
+    except OSError:
+        whole = False
+    if not whole:
+        raise ContainerError(
+            f"the file of version {version.number} is not what was written: {path}",
+            "export another one with --version, or put the state folder back from a copy",
+        )
+    return path
 
 
 def pick_version(versions: Sequence[VersionRow], number: int | None) -> VersionRow:
