@@ -98,7 +98,6 @@ def _bytes(axis: Any, devices: list[Any], names: list[str], colors: list[str]) -
         for shift, key, color in ((-0.2, "fp32_bytes_up", "#cccccc"), (0.2, "bytes_up", colors[x])):
             bar = axis.bar(x + shift, device[key] / 1e6, width=0.38, color=color)
             axis.bar_label(bar, fmt="%.2f", fontsize=8)
-    axis.set_yscale("log")
     axis.set_xticks(range(len(devices)), names, fontsize=8)
     axis.set_ylabel("MB, all rounds")
     axis.set_title("sent: as plain fp32 adapters (grey) and as it was", fontsize=10)
