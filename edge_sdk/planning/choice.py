@@ -157,8 +157,8 @@ def choose(
     ``down_bytes``: what the device has to fetch before it can train; the same for all candidates.
 
     The binding budget is the one whose relaxation alone admits a better candidate, the best one first; if no
-    budget alone does, the most exceeded one of the next better candidate. A chosen candidate with quantized
-    layers has one better sibling that need not be in the offer: its plain form.
+    budget alone does, the most exceeded one of the next better candidate. The plain form of a candidate with
+    quantized layers counts as a better one, though an offer need not hold it: it is what more memory admits.
     """
     options = _options(candidates, fit, budgets, shape, lora, down_bytes)
     if not options:
@@ -167,11 +167,13 @@ def choose(
     if not fitting:
         return _late(options, budgets) or _infeasible(options, budgets)
     best = min(fitting, key=lambda o: o.rank)
-    better = [o for o in options if o.rank < best.rank]
-    if best.candidate.quantized_layers:
-        plain = msgspec.structs.replace(best.candidate, id="plain", quantized_layers=0)
-        better += _options([plain], fit, budgets, shape, lora, down_bytes)
-    binding, because = _binding([o for o in better if o.exceeds])
+    plain = [
+        msgspec.structs.replace(o.candidate, id=f"{o.candidate.id}-plain", quantized_layers=0)
+        for o in options
+        if o.candidate.quantized_layers
+    ]
+    options += _options(plain, fit, budgets, shape, lora, down_bytes)
+    binding, because = _binding([o for o in options if o.rank < best.rank and o.exceeds])
     return Chosen(best.candidate, binding, best.time, _explain(because, budgets) if because else "")
 
 

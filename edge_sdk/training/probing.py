@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+from msgspec.structs import replace
+
 from edge_sdk.planning.cost import peak_mb
 from edge_sdk.planning.fitting import fit_cost
 from edge_sdk.protocol.measure import Fit, ProbePoint
@@ -25,8 +27,8 @@ __all__ = ["MAX_SETTINGS", "probe"]
 _log = logging.getLogger(__name__)
 
 MAX_SETTINGS = 5
-_STEPS = 4
-"""The first takes its time for what later ones find ready; the least of the others counts."""
+_STEPS = 3
+"""The first takes its time for what later ones find ready; the least of the others counts, of two passes."""
 _MARGIN = 0.9
 """Share of the limit that a prediction may fill."""
 
@@ -44,11 +46,17 @@ def probe(
             setting = _setting(stage, points, resident.model.shape.layers, growth, prior)
             if setting is None:
                 continue
-            report(stage, MAX_SETTINGS)
+            report(stage, MAX_SETTINGS + 1)
             point = _measure(resident, setup, *setting, check)
             if point is None:
                 break
             points.append(point)
+        # Once more, the other way round: what else the machine did meanwhile passes for nobody's cost.
+        for index in reversed(range(len(points))):
+            report(MAX_SETTINGS, MAX_SETTINGS + 1)
+            again = _measure(resident, setup, points[index].depth, points[index].quantized_layers, check)
+            if again is not None and again.step_s < points[index].step_s:
+                points[index] = replace(points[index], step_s=again.step_s)
     finally:
         resident.model.set_adapter(before)
     if not points:
@@ -56,7 +64,7 @@ def probe(
             f"not even one layer can be trained in {growth or 0:.0f} MB above rest",
             "raise limits.memory_mb, or lower training.batch or training.max_length in run.toml",
         )
-    report(MAX_SETTINGS, MAX_SETTINGS)
+    report(MAX_SETTINGS + 1, MAX_SETTINGS + 1)
     return _fit(points, setup, resident)
 
 

@@ -58,6 +58,14 @@ def test_memory_binds_when_the_plain_form_is_not_even_offered() -> None:
     assert (roomy.candidate.id, roomy.binding) == ("d6a4", "none")
 
 
+def test_memory_binds_when_it_keeps_out_the_quick_plain_form_of_a_deeper_one() -> None:
+    # depth 6 quantized takes 4.6 s; plain it takes 4.0 s, and 250 MB
+    offer = [candidate(1, 0), candidate(4, 4), candidate(5, 5), candidate(6, 6)]
+    found = chosen(Budgets(memory_mb=130, deadline_s=4.2), offer)
+    assert (found.candidate.id, found.binding) == ("d5a5", "memory")
+    assert "depth 6 with 0 quantized layers needs 250 MB" in found.reason
+
+
 def test_memory_binds_when_depth_must_shrink() -> None:
     # 61 of 75 MB: depth 3 quantized; depth 4 quantized needs 76
     found = chosen(Budgets(memory_mb=75))
