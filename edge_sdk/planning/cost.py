@@ -8,18 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
 
 import msgspec
 
 from edge_sdk.errors import MechanismError
-from edge_sdk.protocol.container import METADATA_KEY, ContainerHeader, Part
+from edge_sdk.protocol.container import CODEC_FORMS, METADATA_KEY, CodecForm, ContainerHeader, Part
 from edge_sdk.protocol.measure import Fit
 from edge_sdk.protocol.model import LoraShape, ModelShape
 
 __all__ = [
-    "CODECS",
-    "CodecCost",
     "RoundTime",
     "link_s",
     "peak_mb",
@@ -28,22 +25,6 @@ __all__ = [
     "update_bytes",
     "version_bytes",
 ]
-
-
-class CodecCost(NamedTuple):
-    """What a codec writes: bits per value, and whether every row brings a 4-byte scale."""
-
-    bits: int
-    row_scales: bool
-    dtype: str
-    """How safetensors names its values."""
-
-
-CODECS = {
-    "fp32": CodecCost(32, False, "F32"),
-    "fp16": CodecCost(16, False, "F16"),
-    "int8": CodecCost(8, True, "I8"),
-}
 
 
 def peak_mb(fit: Fit, depth: int, quantized: int) -> float:
@@ -115,12 +96,12 @@ def version_bytes(shape: ModelShape, lora: LoraShape, codec: str = "fp16") -> in
     return _container_bytes(_parts(shape, lora, shape.layers, _codec(codec).bits), codec, kind_update=False)
 
 
-def _codec(codec: str) -> CodecCost:
+def _codec(codec: str) -> CodecForm:
     try:
-        return CODECS[codec]
+        return CODEC_FORMS[codec]
     except KeyError:
         raise MechanismError(
-            f"no cost is known for the codec {codec!r}", f"codecs: {', '.join(CODECS)}"
+            f"no cost is known for the codec {codec!r}", f"codecs: {', '.join(CODEC_FORMS)}"
         ) from None
 
 
@@ -166,7 +147,7 @@ _ROUND = 100
 
 def _container_bytes(parts: tuple[Part, ...], codec: str, *, kind_update: bool) -> int:
     """Payload, scales, and the very header that the container would have, but for the run's name."""
-    cost = CODECS[codec]
+    cost = CODEC_FORMS[codec]
     header = ContainerHeader(
         kind="update" if kind_update else "version",
         run=_RUN,

@@ -6,18 +6,48 @@ so that a scale belongs to a row in either. Dense parts are stored as (rows, res
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 
 from edge_sdk.protocol.base import Digest, Name, NotNegative, Positive, Record, Text
 
-__all__ = ["CONTAINER_FORMAT", "METADATA_KEY", "Bits", "ContainerHeader", "ContainerKind", "Part"]
+__all__ = [
+    "CODEC_FORMS",
+    "CONTAINER_FORMAT",
+    "METADATA_KEY",
+    "Bits",
+    "CodecForm",
+    "ContainerHeader",
+    "ContainerKind",
+    "Part",
+]
 
 CONTAINER_FORMAT = 1
 METADATA_KEY = "edge"
 Bits = Literal[2, 4, 8, 16, 32]
 ContainerKind = Literal["update", "version", "residual", "error-adapter", "base-plan"]
+
+
+class CodecForm(NamedTuple):
+    """What a codec writes of a part: ``bits`` a value, as ``dtype`` of safetensors; ``row_scales``: and a
+    float32 scale a row."""
+
+    bits: Bits
+    dtype: str
+    row_scales: bool
+
+    def payload_bytes(self, rows: int, width: int) -> int:
+        """Bytes of one part, without its share of the file's header."""
+        return rows * width * self.bits // 8 + (4 * rows if self.row_scales else 0)
+
+
+CODEC_FORMS: dict[str, CodecForm] = {
+    "fp32": CodecForm(32, "F32", False),
+    "fp16": CodecForm(16, "F16", False),
+    "int8": CodecForm(8, "I8", True),
+}
+"""Every update codec there is; ``edge_sdk.updates`` has its arithmetic, ``edge_sdk.planning`` its price."""
 
 
 class Part(Record, frozen=True, kw_only=True):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from edge_sdk.errors import MechanismError
+from edge_sdk.protocol.container import CODEC_FORMS
 from edge_sdk.protocol.spec import Candidate, TrainSpec
 
 __all__ = ["MECHANISMS", "refuse_missing"]
@@ -16,9 +17,7 @@ MECHANISMS: tuple[str, ...] = (
     "activation:int8",
     "attention:sdpa",
     "base:fp32",
-    "codec:fp16",
-    "codec:fp32",
-    "codec:int8",
+    *(f"codec:{name}" for name in sorted(CODEC_FORMS)),
     "error-adapter:none",
     "error-feedback:on",
     "factors:AB",

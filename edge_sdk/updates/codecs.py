@@ -13,16 +13,14 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_sdk.errors import ContainerError, MechanismError
-from edge_sdk.protocol.container import Bits
+from edge_sdk.protocol.container import CODEC_FORMS, CodecForm
 
 __all__ = [
     "CODECS",
-    "MECHANISMS",
     "Codec",
     "Encoded",
     "Floats",
     "codec_named",
-    "encoded_bytes",
     "usable_scales",
 ]
 
@@ -39,12 +37,10 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Codec:
-    """``dtype`` is the stored one, by its safetensors name; ``encode`` takes finite float32 rows."""
+    """``encode`` takes finite float32 rows."""
 
     name: str
-    bits: Bits
-    dtype: str
-    has_scales: bool
+    form: CodecForm
     encode: Callable[[Floats], Encoded]
     decode: Callable[[Encoded], Floats]
 
@@ -76,16 +72,13 @@ def _decode_int8(encoded: Encoded) -> Floats:
 
 
 CODECS = {
-    codec.name: codec
-    for codec in (
-        Codec(
-            "fp32", 32, "F32", False, lambda rows: Encoded(rows, None), lambda e: e.values.astype(np.float32)
-        ),
-        Codec("fp16", 16, "F16", False, _encode_fp16, lambda e: e.values.astype(np.float32)),
-        Codec("int8", 8, "I8", True, _encode_int8, _decode_int8),
+    name: Codec(name, CODEC_FORMS[name], encode, decode)
+    for name, encode, decode in (
+        ("fp32", lambda rows: Encoded(rows, None), lambda e: e.values.astype(np.float32)),
+        ("fp16", _encode_fp16, lambda e: e.values.astype(np.float32)),
+        ("int8", _encode_int8, _decode_int8),
     )
 }
-MECHANISMS: tuple[str, ...] = (*(f"codec:{name}" for name in CODECS), "error-feedback:on")
 
 
 def usable_scales(scales: Floats) -> bool:
@@ -99,9 +92,3 @@ def codec_named(name: str) -> Codec:
     if codec is None:
         raise MechanismError(f"there is no update codec {name!r}", f"there are: {', '.join(CODECS)}")
     return codec
-
-
-def encoded_bytes(rows: int, width: int, codec: str) -> int:
-    """Payload bytes of one part, without its share of the file's header."""
-    entry = codec_named(codec)
-    return rows * width * entry.bits // 8 + (4 * rows if entry.has_scales else 0)

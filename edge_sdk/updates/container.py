@@ -98,7 +98,7 @@ def header_for(
     builds_on: int | None = None,
 ) -> ContainerHeader:
     """A header over all of ``adapter``, its parts in the order of their keys."""
-    bits = codec_named(codec).bits
+    bits = codec_named(codec).form.bits
     return ContainerHeader(
         kind=kind,
         run=run,
@@ -200,7 +200,9 @@ class Container:
     def _read(self, file: BinaryIO, key: str) -> Encoded:
         values = _array(file, self.path, self._layout.tensors[key])
         scales = (
-            _array(file, self.path, self._layout.tensors[key + _SCALE]) if self._codec.has_scales else None
+            _array(file, self.path, self._layout.tensors[key + _SCALE])
+            if self._codec.form.row_scales
+            else None
         )
         return Encoded(values, scales)
 
@@ -246,8 +248,8 @@ def _check_tensors(path: Path, layout: Layout, header: ContainerHeader, codec: C
         if part.key in expected:
             raise ContainerError(f"{path.name} names part {part.key!r} twice")
         _check_part(path, part, codec)
-        expected[part.key] = (codec.dtype, (part.rows, part.width))
-        if codec.has_scales:
+        expected[part.key] = (codec.form.dtype, (part.rows, part.width))
+        if codec.form.row_scales:
             expected[part.key + _SCALE] = ("F32", (part.rows,))
     if layout.tensors.keys() != expected.keys():
         odd = min(layout.tensors.keys() ^ expected.keys())
@@ -265,8 +267,10 @@ def _check_tensors(path: Path, layout: Layout, header: ContainerHeader, codec: C
 def _check_part(path: Path, part: Part, codec: Codec) -> None:
     if (part.factor == "dense") != (part.layer is None):
         raise ContainerError(f"{path.name}: part {part.key!r} has layer {part.layer}, factor {part.factor}")
-    if part.bits != codec.bits:
-        raise ContainerError(f"part {part.key!r} has {part.bits} bits, codec {codec.name} has {codec.bits}")
+    if part.bits != codec.form.bits:
+        raise ContainerError(
+            f"part {part.key!r} has {part.bits} bits, codec {codec.name} has {codec.form.bits}"
+        )
     if part.slots is None:
         return
     if part.layer is None or len(part.slots) != part.rows:

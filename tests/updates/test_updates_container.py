@@ -14,7 +14,7 @@ from updates_fakes import FINGERPRINT, LORA, SHAPE
 
 from edge_sdk.errors import ContainerError, MechanismError
 from edge_sdk.protocol.container import METADATA_KEY
-from edge_sdk.updates.codecs import CODECS, encoded_bytes
+from edge_sdk.updates.codecs import CODECS
 from edge_sdk.updates.container import header_for, read_container, write_container
 from edge_sdk.updates.initial import initial_adapter
 from edge_sdk.updates.keys import all_keys, check_shape, dense_keys, lora_keys, tuned_keys
@@ -82,7 +82,9 @@ def test_payload_bytes_are_the_formula(tmp_path, adapter, codec):
     write_container(tmp_path / "a", header(adapter, codec), adapter)
     data = (tmp_path / "a").read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
-    assert len(data) - 8 - length == sum(encoded_bytes(*rows.shape, codec) for rows in adapter.values())
+    assert len(data) - 8 - length == sum(
+        CODECS[codec].form.payload_bytes(*rows.shape) for rows in adapter.values()
+    )
 
 
 def test_values_that_are_not_finite_are_not_written(tmp_path, adapter):
