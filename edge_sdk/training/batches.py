@@ -21,19 +21,29 @@ _BLOCK = 512
 
 @dataclass
 class Rows:
-    """Tokenized rows. ``ids`` (rows, max_length) int32, padded; ``lengths`` and ``labels`` (rows,)."""
+    """Tokenized rows. ``ids`` (rows, max_length) int32, padded; ``lengths`` and ``labels`` (rows,).
+
+    ``head_inputs``: what the head reads of each row, (rows, hidden), with the digest of the LoRA values that
+    they were computed with, and which rows are there.
+    """
 
     ids: Any
     lengths: Any
     labels: Any
     counts: tuple[int, ...]
+    head_inputs: tuple[str, Any, Any] | None = None
 
     def __len__(self) -> int:
         return int(self.labels.numel())
 
-    def inputs(self, chosen: Any, device: Any) -> tuple[Any, Any]:
-        """Token ids and attention mask of the chosen rows, (batch, max_length) int64 each."""
+    def inputs(self, chosen: Any, device: Any, *, trim: bool = False) -> tuple[Any, Any]:
+        """Token ids and attention mask of the chosen rows, (batch, max_length) int64 each.
+
+        ``trim``: no longer than the longest of them.
+        """
         ids = self.ids[chosen].to(device=device, dtype=torch.int64)
+        if trim:
+            ids = ids[:, : int(self.lengths[chosen].max())]
         places = torch.arange(ids.shape[1]).unsqueeze(0)
         mask = (places < self.lengths[chosen].unsqueeze(1)).to(device=device, dtype=torch.int64)
         return ids, mask

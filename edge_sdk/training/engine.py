@@ -243,7 +243,7 @@ class Engine:
         free = self._enforce and setup.memory_mb is None
         with roomy_allocator() if free else nullcontext():
             share, loss, count = accuracy(
-                resident.model, resident.in_order(rows, setup.micro_batch), check=watch, report=report
+                resident.model, resident.every(rows, setup.micro_batch), check=watch, report=report
             )
         return Evaluated(
             id=request.id, accuracy=share, loss=loss, examples=count, seconds=time.perf_counter() - started

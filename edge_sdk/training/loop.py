@@ -96,7 +96,7 @@ def accuracy(
     with torch.inference_mode():
         for inputs, mask, labels in batches:
             check()
-            logits = model.logits(inputs, mask)
+            logits = model.head(inputs) if mask is None else model.logits(inputs, mask)
             right += int((logits.argmax(1) == labels).sum())
             loss += float(cross_entropy(logits, labels, reduction="sum"))
             rows += len(labels)

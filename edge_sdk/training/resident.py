@@ -53,7 +53,6 @@ class Resident:
         self._limit_mb: float | None = None
         self._settled = False
         self._rows: dict[tuple[object, ...], Rows] = {}
-        self._features: tuple[Rows, str, Any, Any] | None = None
         self.threads(setup)
         self.model = load_model(folder, setup.labels, setup.lora, self.device)
         self.model.check_length(setup.max_length)
@@ -84,7 +83,6 @@ class Resident:
         if key not in self._rows:
             # of a file that changed, and of another length, nothing is kept
             self._rows = {k: v for k, v in self._rows.items() if k[0] != setup.data}
-            self._features = None
             self._rows[key] = tokenize_rows(
                 setup.data, setup.labels, tokenizer=self._tokenizer, template=setup.template,
                 max_length=length, check=self._check,
@@ -133,7 +131,8 @@ class Resident:
         """After running out of memory: everything of the failed request goes; the limit stays."""
         self._limit(None)
         self.model.set_depth(0)
-        self._features = None
+        for rows in self._rows.values():
+            rows.head_inputs = None
         self._settled = False
         trim()
 
@@ -156,27 +155,27 @@ class Resident:
         for chosen in drawn:
             yield features[chosen].unsqueeze(1).to(self.device), None, rows.targets(chosen, self.device)
 
-    def in_order(self, rows: Rows, batch: int) -> Iterator[Batch]:
-        """Every row once, in the file's order."""
-        for start in range(0, len(rows), batch):
-            chosen = torch.arange(start, min(start + batch, len(rows)))
-            yield (*rows.inputs(chosen, self.device), rows.targets(chosen, self.device))
+    def every(self, rows: Rows, batch: int) -> Iterator[Batch]:
+        """Every row once, as the head reads it; rows of a length together, padded as little as they need."""
+        for chosen in torch.argsort(rows.lengths, stable=True).split(batch):
+            features = self._head_inputs(rows, chosen, batch, trim=True)
+            yield features[chosen].unsqueeze(1).to(self.device), None, rows.targets(chosen, self.device)
 
-    def _head_inputs(self, rows: Rows, wanted: Any, batch: int) -> Any:
+    def _head_inputs(self, rows: Rows, wanted: Any, batch: int, *, trim: bool = False) -> Any:
         """The head's inputs (rows, hidden), computed for ``wanted`` rows that are not there yet.
 
         They hold as long as rows and LoRA values are the same, which head-only training leaves alone.
         """
         lora = self._lora_digest()
-        if self._features is None or self._features[0] is not rows or self._features[1] != lora:
+        if rows.head_inputs is None or rows.head_inputs[0] != lora:
             empty = torch.empty(len(rows), self.model.shape.hidden)
-            self._features = (rows, lora, empty, torch.zeros(len(rows), dtype=torch.bool))
-        _, _, features, there = self._features
+            rows.head_inputs = (lora, empty, torch.zeros(len(rows), dtype=torch.bool))
+        _, features, there = rows.head_inputs
         missing = torch.unique(wanted[~there[wanted]])
         with torch.inference_mode():
             for chosen in missing.split(batch) if len(missing) else ():
                 self._check()
-                features[chosen] = self.model.encode(*rows.inputs(chosen, self.device))[:, 0].cpu()
+                features[chosen] = self.model.encode(*rows.inputs(chosen, self.device, trim=trim))[:, 0].cpu()
                 there[chosen] = True
         return features
 

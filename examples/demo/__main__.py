@@ -137,6 +137,7 @@ class _Demo:
         raise ChildError("the server ended without a broker")
 
     def _control(self, config: RunConfig, data: Data) -> Any:
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as trainer processes have it
         from examples.demo.control import head_only
 
         self.say("the control: the same run with the head alone")

@@ -6,6 +6,7 @@ row's features once. In this process and without a transport: nothing here is ab
 
 from __future__ import annotations
 
+import gc
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -75,17 +76,19 @@ def head_only(
     run = _Control(config, data, folder, threads)
     try:
         by_rate = {}
+        gc.freeze()  # every request collects garbage before it measures memory; none of this is any
         for rate in rates:
             by_rate[rate] = run.accuracy(rate, rounds)
             if report is not None:
                 report(rate, by_rate[rate])
         return HeadOnly(by_rate)
     finally:
+        gc.unfreeze()
         run.close()
 
 
 class _Control:
-    """One trainer per device, so that each keeps the features of its own rows across rounds and rates."""
+    """One trainer plays all devices; it keeps the features of their rows across rounds and rates."""
 
     def __init__(self, config: RunConfig, data: Mapping[str, Path], folder: Path, threads: int) -> None:
         self._config, self._folder = config, folder
@@ -107,16 +110,12 @@ class _Control:
             lora=setup.lora,
             cache=None,
         ).digest
-        self._trainers = {device: Asker(InlineTrainer(threaded=False)) for device in (*self._setups, "")}
-        first = next(iter(self._setups))
-        described = self._trainers[first].ask(
-            lambda id: Describe(id=id, setup=self._setups[first]), Described
-        )
+        self._trainer = Asker(InlineTrainer(threaded=False))
+        described = self._trainer.ask(lambda id: Describe(id=id, setup=self._evaluation), Described)
         self._initial = initial_adapter(described.shape, setup.lora, config.run.seed)
 
     def close(self) -> None:
-        for trainer in self._trainers.values():
-            trainer.close()
+        self._trainer.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def accuracy(self, rate: float, rounds: int) -> float:
@@ -133,7 +132,7 @@ class _Control:
                 contributions.append(Contribution(Path(trained.update), device, trained.samples))
             adapter, version = self._write(folder, number, self._method.merge.merge(adapter, contributions))
         versions = (str(version),)
-        evaluated = self._trainers[""].ask(
+        evaluated = self._trainer.ask(
             lambda id: Evaluate(id=id, setup=self._evaluation, versions=versions), Evaluated
         )
         return evaluated.accuracy
@@ -170,7 +169,7 @@ class _Control:
             steps=training.steps,
             max_length=training.max_length,
         )
-        return self._trainers[device].ask(
+        return self._trainer.ask(
             lambda id: Train(
                 id=id,
                 setup=setup,

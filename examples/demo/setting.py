@@ -48,7 +48,7 @@ class Device:
 
 DEVICES = (
     Device("jetson-agx-orin-64gb"),
-    Device("jetson-orin-nano-8gb", memory_above_rest_mb=52.0),
+    Device("jetson-orin-nano-8gb", memory_above_rest_mb=45.0),
     Device("raspberry-pi-5", uplink_kbps=120.0),
 )
 
