@@ -155,7 +155,6 @@ class Fleet:
         )
 
     def _set(self, member: Member, wall: float) -> Member:
-        self._members[member.device] = member
         known = self._rows.get(member.device)
         status = known.status if known else None
         row = DeviceRow(
@@ -169,8 +168,8 @@ class Fleet:
             down_bps=member.down_bps,
             seen_at=wall,
         )
-        self._rows[member.device] = row
         self._store.put_device(row)
+        self._rows[member.device], self._members[member.device] = row, member
         return member
 
 

@@ -67,6 +67,10 @@ class Reception:
                 self._on_record(address.device, decode(message.payload))
         except ProtocolError as error:
             self._on_foreign(device, message.topic, error.message)
+        except (ValueError, ArithmeticError) as error:
+            # A figure that the contract admits and something behind it does not: one message is lost.
+            _log.warning("a message of %s could not be worked on", device, exc_info=True)
+            self._on_foreign(device, message.topic, f"{type(error).__name__}: {error}")
 
     def _on_frame(self, device: str, payload: bytes) -> None:
         if not is_chunk(payload):

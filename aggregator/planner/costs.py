@@ -120,6 +120,9 @@ def device_costs(status: Status, work: Work) -> DeviceCosts:
             f"its probe is of batch {fit.micro_batch} and length {fit.max_length}, "
             f"the run's are {work.micro_batch} and {work.max_length}"
         )
+    for rate in (status.link.up_bps, status.link.down_bps):
+        if rate is not None and 0 < rate < 1:
+            raise ValueError(f"its link of {rate:.3g} bit/s is too slow to predict with")
     return DeviceCosts(
         device=status.device,
         samples=status.samples,

@@ -12,7 +12,7 @@ from edge_sdk.config.run import RunConfig
 from edge_sdk.protocol.spec import Candidate
 from edge_sdk.protocol.wire import Run, Status
 
-__all__ = ["ALLOWANCE_S", "SLACK", "TOLERANCE", "RoundPlan", "plan_round"]
+__all__ = ["ALLOWANCE_S", "LONGEST_S", "SLACK", "TOLERANCE", "RoundPlan", "plan_round"]
 
 SLACK = 1.2
 """Deadline over target: what predictions may be off by."""
@@ -24,6 +24,10 @@ device would refuse its own recommendation as soon as its link is measured a lit
 ALLOWANCE_S = 60.0
 """The least time between target and deadline: starting a trainer, reading data, reconnecting. Costs nothing
 while nobody is late, as a round closes with its last update."""
+
+LONGEST_S = 86_400.0
+"""The longest deadline that is made of what devices say of themselves: one that errs, or lies, must not hold
+a run for ever. Whoever wants longer rounds sets ``rounds.deadline_s``."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,8 @@ def plan_round(
     """The offers of a round, from what the devices last reported.
 
     ``rounds.deadline_s``, where the operator fixed it, takes the sweep's place: target = deadline / SLACK.
-    Otherwise target = TOLERANCE · T and deadline = max(SLACK · target, target + ALLOWANCE_S).
+    Otherwise target = TOLERANCE · T and deadline = max(SLACK · target, target + ALLOWANCE_S), with at most
+    LONGEST_S for the deadline.
 
     Args:
         utilities: of each layer, from the input up; None: uniform. See ``costs.layer_gains``.
@@ -86,5 +91,5 @@ def plan_round(
     }
     if fixed is not None:
         return RoundPlan(fixed, fixed / SLACK, candidates, excluded)
-    target = TOLERANCE * max(allocated.target_s, 1e-3)
+    target = min(TOLERANCE * max(allocated.target_s, 1e-3), LONGEST_S / SLACK)
     return RoundPlan(max(SLACK * target, target + ALLOWANCE_S), target, candidates, excluded)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -12,6 +12,12 @@ __all__ = ["Budget", "Fit", "Link", "Measured", "Memory", "ProbePoint", "Profile
 
 Budget = Literal["memory", "link", "compute", "traffic", "energy", "none"]
 """The budget that binds a choice: the one whose relaxation admits a better candidate."""
+
+Figure = Annotated[float, msgspec.Meta(ge=0.0, le=1e9)]
+"""MB or seconds: far above any device, and far below where sums and products of such end being finite."""
+Rate = Annotated[float, msgspec.Meta(ge=0.0, le=1e15)]
+Loss = Annotated[float, msgspec.Meta(ge=-1e39, le=1e39)]
+"""Any that a float32 holds."""
 
 
 class Profile(Record, frozen=True, kw_only=True):
@@ -35,8 +41,8 @@ class ProbePoint(Record, frozen=True, kw_only=True):
 
     depth: NotNegative
     quantized_layers: NotNegative
-    peak_mb: float
-    step_s: float
+    peak_mb: Figure
+    step_s: Figure
 
 
 class Fit(Record, frozen=True, kw_only=True):
@@ -52,14 +58,14 @@ class Fit(Record, frozen=True, kw_only=True):
     micro_batch: Positive
     max_length: Positive
     activation_bits: int = 8
-    rest_mb: float
-    head_mb: float
-    layer_mb: float
-    saved_mb: float
-    work_mb: float
-    forward_s: float
-    layer_s: float
-    quantize_s: float
+    rest_mb: Figure
+    head_mb: Figure
+    layer_mb: Figure
+    saved_mb: Figure
+    work_mb: Figure
+    forward_s: Figure
+    layer_s: Figure
+    quantize_s: Figure
     probes: tuple[ProbePoint, ...]
     threads: NotNegative = 0
     machine: Text = ""
@@ -69,31 +75,31 @@ class Fit(Record, frozen=True, kw_only=True):
 class Memory(Record, frozen=True, kw_only=True):
     """Memory for training now: ``budget_mb`` is what may be used above the resting trainer."""
 
-    budget_mb: float
-    rest_mb: float
-    free_mb: float | None = None
-    limit_mb: float | None = None
+    budget_mb: Figure
+    rest_mb: Figure
+    free_mb: Figure | None = None
+    limit_mb: Figure | None = None
     """``limits.memory_mb``: what the trainer process may hold in all; None: what is free."""
 
 
 class Link(Record, frozen=True, kw_only=True):
     """Bits per second each way; None: not known yet. ``source`` says how it was got."""
 
-    up_bps: float | None = None
-    down_bps: float | None = None
+    up_bps: Rate | None = None
+    down_bps: Rate | None = None
     source: Literal["measured", "configured", "unknown"] = "unknown"
 
 
 class Measured(Record, frozen=True, kw_only=True):
     """What a device measured while it trained a round."""
 
-    rest_mb: float
-    peak_mb: float
+    rest_mb: Figure
+    peak_mb: Figure
     """Highest memory above rest."""
-    train_s: float
-    step_s: float
+    train_s: Figure
+    step_s: Figure
     """Median step."""
     steps: Positive
-    loss_first: float
-    loss_last: float
+    loss_first: Loss
+    loss_last: Loss
     threads: NotNegative = 0

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from aggregator.fleet import Fleet
 from edge_sdk.protocol.frames import encode_chunk
 from edge_sdk.protocol.wire import Announce, Choice, Have, Presence, Refusal, Status, encode
 from edge_sdk.transport.memory import MemoryTransport
@@ -47,7 +48,6 @@ ANNOUNCES: list[tuple[str, Callable[[Announce], Announce], str, str]] = [
     ("depth", lambda a: replace(a, candidate=replace(a.candidate, depth=9)), "shape", "depth 9"),
     ("codec", lambda a: replace(a, candidate=replace(a.candidate, codec="fp32")), "shape", "not offered"),
     ("samples", lambda a: replace(a, samples=101), "samples", "101"),
-    ("time", lambda a: replace(a, measured=replace(a.measured, train_s=-1.0)), "samples", "train_s"),
 ]
 
 
@@ -372,6 +372,34 @@ def test_garbage_on_any_topic(tmp_path_factory: pytest.TempPathFactory, data: st
         world.pump()
     assert not world.server.done and world.server.error is None
     assert world.server._running.rounds.row.state == before
+
+
+def test_figures_that_nothing_holds_are_no_use(world: World) -> None:
+    """Retained, such a message would meet every restart too."""
+    world.open()
+    device = world.device(until="offer")
+    world.pump()
+    huge = encode(Presence(device="one", online=True, session=2**63))
+    device.transport.publish(TOPICS.presence("one"), huge, retain=True)
+    world.pump()
+    assert world.server is not None and not world.server.done
+    assert world.last("message.foreign")["device"] == "one"
+
+
+@pytest.mark.parametrize("error", [ValueError("odd"), OverflowError("too large")])
+def test_a_message_that_cannot_be_worked_on_is_lost_alone(
+    world: World, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fails(*args: Any) -> None:
+        raise error
+
+    server = world.open()
+    device = world.device(until="offer")
+    world.pump()
+    monkeypatch.setattr(Fleet, "on_status", fails)
+    device.report()
+    world.pump()
+    assert not server.done and str(error) in world.last("message.foreign")["message"]
 
 
 def test_a_record_in_another_ones_name_changes_nothing(world: World) -> None:

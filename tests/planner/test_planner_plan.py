@@ -4,11 +4,12 @@ import random
 from collections.abc import Sequence
 
 import pytest
+from msgspec.structs import replace
 from planner_cases import a_config, a_fit, a_run, a_status
 
 from aggregator.methods.base import Method, find_method
 from aggregator.planner.allocation import offered_depths
-from aggregator.planner.plan import ALLOWANCE_S, SLACK, TOLERANCE, RoundPlan, plan_round
+from aggregator.planner.plan import ALLOWANCE_S, LONGEST_S, SLACK, TOLERANCE, RoundPlan, plan_round
 from edge_sdk.planning.choice import Budgets, Chosen, choose
 from edge_sdk.protocol.spec import Candidate
 from edge_sdk.protocol.wire import Status
@@ -189,3 +190,9 @@ def test_limits_make_choices_and_swapping_them_swaps_the_choices() -> None:
     assert len({candidate for candidate, _ in one.values()}) == 3
     other = choices({"a": (10_000, link), "b": (75, None), "c": (10_000, None)})
     assert (other["a"], other["b"], other["c"]) == (one["b"], one["a"], one["c"])
+
+
+def test_what_a_device_says_of_itself_cannot_hold_the_run_for_ever() -> None:
+    made = plan(a_status(fit=replace(a_fit(), layer_s=1e9)))
+    assert made.deadline_s == LONGEST_S and made.target_s < LONGEST_S
+    assert plan(a_status(fit=a_fit(), up_bps=5e-324)).excluded["a"].endswith("too slow to predict with")

@@ -178,6 +178,12 @@ def changed(index: int, **fields: Any) -> bytes:
         changed(8, ranges=[[-1, 1]]),
         changed(6, reason="mood"),
         changed(6, message="x" * 5000),
+        changed(2, session=2**63),
+        changed(7, round=2**63),
+        changed(7, measured={**PLAIN[7]["measured"], "train_s": -1.0}),
+        changed(3, fit={**PLAIN[3]["fit"], "layer_s": 1e308}),
+        changed(3, memory={**PLAIN[3]["memory"], "budget_mb": 1e10}),
+        changed(3, link={"up_bps": 1e16}),
     ],
 )
 def test_what_breaks_the_contract_is_a_protocol_error(data: bytes) -> None:
