@@ -22,6 +22,8 @@ __all__ = ["Downloads", "Ledger", "Upload", "Uploads"]
 
 _MOST_WINDOW = 16
 """Chunks that one device may have under way from the server, whatever it asks for."""
+_SILENCE_S = 120.0
+"""A device that has not said for so long what it holds does not want it any more; it may ask again."""
 
 
 class Ledger:
@@ -150,6 +152,15 @@ class Uploads:
         return transfer_id(self._namespace, announce.device, channel, announce.object)
 
 
+@dataclass
+class _Download:
+    """``heard``: monotonic time of the device's last word on it."""
+
+    sender: ObjectSender
+    chunk_bytes: int
+    heard: float
+
+
 class Downloads:
     """Sends version objects to the devices that ask for them, a frame each in turn.
 
@@ -171,8 +182,8 @@ class Downloads:
         self._ledger = ledger
         self._find = find
         self._send = send
-        self._senders: dict[tuple[str, str], tuple[ObjectSender, int]] = {}
-        """By device and object; with the chunk size that the device asked for."""
+        self._downloads: dict[tuple[str, str], _Download] = {}
+        """By device and object."""
 
     def on_have(self, device: str, have: Have, now: float) -> None:
         """A device asks for an object or acknowledges chunks of it.
@@ -185,27 +196,30 @@ class Downloads:
                 f"device {device!r} asks for {have.object[:12]}, which is no version of this run"
             )
         key = device, have.object
-        sender, chunk_bytes = self._senders.get(key, (None, 0))
-        if sender is None or chunk_bytes != have.chunk_bytes:
+        download = self._downloads.get(key)
+        if download is None or download.chunk_bytes != have.chunk_bytes:
             transfer = transfer_id(self._namespace, device, "down", have.object)
             sender = ObjectSender(transfer, self._objects.path(have.object), have.bytes, have.chunk_bytes)
-            self._senders[key] = sender, have.chunk_bytes
+            download = self._downloads[key] = _Download(sender, have.chunk_bytes, now)
         window = min(have.window, _MOST_WINDOW)
-        sender.on_have(msgspec.structs.replace(have, window=window), now)
-        if sender.complete:
-            del self._senders[key]
+        download.sender.on_have(msgspec.structs.replace(have, window=window), now)
+        download.heard = now
+        if download.sender.complete:
+            del self._downloads[key]
 
     def pump(self, now: float) -> None:
         """Sends what may go out now."""
-        busy = list(self._senders.items())
+        for key in [key for key, one in self._downloads.items() if now - one.heard > _SILENCE_S]:
+            del self._downloads[key]
+        busy = [(key, one.sender) for key, one in self._downloads.items()]
         while busy:
             still = []
-            for key, (sender, chunk_bytes) in busy:
+            for key, sender in busy:
                 device, _ = key
                 try:
                     frame = sender.next_frame(now)
                 except StateError:
-                    del self._senders[key]
+                    del self._downloads[key]
                     raise
                 if frame is None:
                     continue
@@ -213,15 +227,15 @@ class Downloads:
                     self.mark_lost()
                     return
                 self._ledger.add(device, bytes_down=len(frame) - HEADER_BYTES, chunks_down=1)
-                still.append((key, (sender, chunk_bytes)))
+                still.append((key, sender))
             busy = still
 
     def due(self, now: float) -> float | None:
         """When the next chunk has to be repeated."""
-        times = [due for sender, _ in self._senders.values() if (due := sender.due(now)) is not None]
+        times = [due for one in self._downloads.values() if (due := one.sender.due(now)) is not None]
         return min(times, default=None)
 
     def mark_lost(self, device: str | None = None) -> None:
         """The link is gone, the device's or the server's own: devices ask again when they are back."""
-        for key in [key for key in self._senders if device in (None, key[0])]:
-            del self._senders[key]
+        for key in [key for key in self._downloads if device in (None, key[0])]:
+            del self._downloads[key]
