@@ -108,6 +108,21 @@ class Fleet:
             member = replace(member, refusal=None)
         return self._set(member, wall)
 
+    def heard(self, device: str, wall: float) -> bool:
+        """A message of the device came: it is there. Whether that is news."""
+        member = self[device]
+        if member.online or device not in self:
+            return False
+        self._set(replace(member, online=True), wall)
+        return True
+
+    def lose_all(self) -> None:
+        """The server's own link is gone, and wills with it: who is there says so again."""
+        with self._store.transaction():
+            for member in self:
+                if member.online:
+                    self._set(replace(member, online=False), self._rows[member.device].seen_at)
+
     def on_status(self, status: Status, wall: float) -> Member | None:
         """The device as it is now, refused or not; None where the status is of an older session."""
         before = self[status.device]
@@ -115,7 +130,7 @@ class Fleet:
             return None
         refusal = before.refusal if before.refusal and before.refusal.reason == "protocol" else None
         refusal = refusal or self._judge(status)
-        member = replace(before, session=status.session, status=status, refusal=refusal)
+        member = replace(before, session=status.session, online=True, status=status, refusal=refusal)
         link, measured = status.link, status.link.source == "measured"
         member = replace(
             member,

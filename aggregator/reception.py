@@ -77,10 +77,12 @@ class Reception:
             raise ProtocolError("not a chunk frame")
         if not self._intake.on_chunk(device, decode_chunk(payload)):
             raise ProtocolError("a chunk of no upload under way")
+        self._heard(device)
 
     def _on_record(self, device: str, record: Any) -> None:
         now = self._clock.monotonic()
         if isinstance(record, Announce):
+            self._heard(device)
             self._intake.on_announce(record, device, now)
             return
         if getattr(record, "device", device) != device:
@@ -106,6 +108,12 @@ class Reception:
                 self._downloads.on_have(device, record, now)
             case _:
                 raise ProtocolError(f"a {type(record).__name__} record has no place here")
+        if not isinstance(record, Presence | Status):  # these two say of which session they are
+            self._heard(device)
+
+    def _heard(self, device: str) -> None:
+        if self._fleet.heard(device, self._clock.wall()):
+            self._emit("device.online", device=device)
 
     def _on_presence(self, presence: Presence) -> None:
         before = self._fleet[presence.device]
@@ -146,7 +154,8 @@ class Reception:
                 limits=status.limits,
                 insecure=status.insecure,
             )
-        if status.position is None:
+        # Who is still busy with an earlier round may have missed the offer of this one.
+        if status.position is None or status.position.round < self._rounds.row.number:
             self._rounds.offer_again(member.device)
 
     def _on_choice(self, choice: Choice) -> None:

@@ -133,6 +133,11 @@ class Running:
             if row.state == "offered":
                 self.rounds.offer_again(row.device)
 
+    def lost(self) -> None:
+        """The connection is gone: nobody is known to be there, and nothing is under way."""
+        self.downloads.mark_lost()
+        self.fleet.lose_all()
+
     def drive(self, now: float) -> list[float]:
         """Does what is due. Returns after how many seconds to look again, by whatever asks for it."""
         waits = []

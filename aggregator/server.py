@@ -335,7 +335,7 @@ class Aggregator:
             raise event.error
         self.emit("broker.down", broker=self._brokerage.description, error=str(event.error or ""))
         if self._running is not None:
-            self._running.downloads.mark_lost()
+            self._running.lost()
         self._brokerage.revive(self.emit)
 
     def _on_progress(self, progress: Progress) -> None:

@@ -16,6 +16,7 @@ from aggregator.running import Running
 from aggregator.state.base import Store
 from edge_sdk.errors import StateError
 from edge_sdk.protocol.trainer import Describe, Evaluate
+from edge_sdk.protocol.wire import RoundPosition
 from edge_sdk.updates.versions import read_adapter
 
 
@@ -389,6 +390,62 @@ def test_broker_restart_and_lost_link(world: World) -> None:
     world.broker.start()
     world.pump()
     assert [receipt.round for receipt in device.receipts] == [1, 2]
+
+
+def test_who_left_during_an_outage_is_not_there_after_it(world: World) -> None:
+    world.open(rounds=replace(world.config.rounds, min_devices=3))
+    stays, goes = world.device("stays"), world.device("goes")
+    world.pump()
+    world.broker.stop()
+    world.pump()
+    fleet = world.server._running.fleet  # type: ignore[union-attr]
+    assert not fleet["stays"].online and not fleet["goes"].online
+    goes.transport.stop()
+    world.devices.remove(goes)
+    world.broker.start()
+    world.pump()
+    assert [member.device for member in fleet.ready()] == ["stays"]
+    assert stays.offer is None
+
+
+def test_who_says_anything_is_there(world: World) -> None:
+    world.open(rounds=replace(world.config.rounds, min_devices=2))
+    device = world.device()
+    world.pump()
+    fleet = world.server._running.fleet  # type: ignore[union-attr]
+    for say in (device.report, lambda: device._fetch("0" * 64, 5)):
+        fleet.lose_all()
+        say()
+        world.pump()
+        assert fleet["one"].online is (say == device.report), "of use, that is"
+
+
+def test_an_abandoned_download_ends(world: World) -> None:
+    world.open()
+    device = world.device(until="choice")
+    world.pump()
+    assert device.offer is not None
+    downloads = world.server._running.downloads  # type: ignore[union-attr]
+    version = device.offer.versions[-1]
+    device._on_chunk = lambda payload: None  # type: ignore[method-assign]
+    device._fetch(version.object, version.bytes)
+    world.pass_time(119)
+    assert downloads.due(world.clock.now) is not None
+    world.pass_time(3)
+    assert downloads.due(world.clock.now) is None
+
+
+def test_a_lost_offer_comes_again_to_who_was_busy(world: World) -> None:
+    world.open()
+    device = world.device(until="offer")
+    world.pump()
+    offer, device.offer = device.offer, None
+    device.report(position=RoundPosition(round=1, state="training"))
+    world.pump()
+    assert device.offer is None, "it has it"
+    device.report(position=RoundPosition(round=0, state="awaiting-receipt"))
+    world.pump()
+    assert offer is not None and device.offer is not None and device.offer.round == offer.round == 1
 
 
 def test_lingers_for_who_took_part(world: World) -> None:
