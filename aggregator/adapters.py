@@ -13,7 +13,7 @@ from aggregator.validation import refuse
 from edge_sdk.errors import EdgeError
 from edge_sdk.protocol.wire import Announce, Refusal, Run
 from edge_sdk.transport.objects import ObjectStore
-from edge_sdk.updates.container import read_container
+from edge_sdk.updates.container import read_container, rows_of
 from edge_sdk.updates.initial import initial_adapter
 from edge_sdk.updates.keys import Adapter, check_shape
 from edge_sdk.updates.versions import read_adapter, write_version
@@ -21,7 +21,10 @@ from edge_sdk.updates.versions import read_adapter, write_version
 __all__ = ["Adapters"]
 
 MAX_CHANGE = 1e4
-"""Largest value of an update: far above any that trains, and below what a version of 16 bits can hold."""
+"""Largest value of an update: far above any that trains."""
+MAX_VALUE = 6e4
+"""Largest value that an update may lead to. A version's 16 bits end at 65504; what no update of a round goes
+beyond, their mean does not either, whatever is lost in rounding."""
 
 
 class Adapters:
@@ -50,7 +53,7 @@ class Adapters:
 
         The server reads the version back from its file: every holder of it has the same bits.
         """
-        current = read_adapter([self._objects.path(version.object) for version in chain])
+        current = self._read(chain)
         contributions = [
             Contribution(path=self._objects.path(row.object), device=row.device, samples=row.samples)
             for row in sorted(updates, key=lambda row: row.device)
@@ -58,10 +61,9 @@ class Adapters:
         ]
         return self._write(number, round, self._merge.merge(current, contributions))
 
-    def check(self, path: Path, announce: Announce) -> Refusal | None:
-        """Whether a complete container is what its announce said, fits the run, and is finite.
-
-        One part at a time is in memory.
+    def check(self, path: Path, announce: Announce, chain: Sequence[VersionRow]) -> Refusal | None:
+        """Whether a complete container is what its announce said, fits the run, and leads to values that a
+        version can hold. ``chain`` leads to the version that it builds on.
         """
         run = self._run
         try:
@@ -82,22 +84,30 @@ class Adapters:
                             f"the container's {what} is {inside!r}, the announce says {outside!r}",
                         )
                 check_shape(header, run.shape, run.lora, announce.candidate.depth)
-                keys = sorted(container.parts)
-                for key in keys:
+                current = self._read(chain)
+                for key, part in sorted(container.parts.items()):
                     try:
-                        largest = float(np.abs(container.tensor(key)).max(initial=0.0))
+                        change = container.tensor(key)
                     except EdgeError as error:
                         return refuse(announce, "nonfinite", error.message, error.hint)
-                    if largest > MAX_CHANGE:
-                        return refuse(
-                            announce,
-                            "nonfinite",
-                            f"part {key!r} holds {largest:.3g}; an update holds at most {MAX_CHANGE:g}",
-                            "training has diverged: lower the learning rates",
-                        )
+                    for rows, what, most in (
+                        (change, "changes a value by", MAX_CHANGE),
+                        (current[key][rows_of(part)] + change, "leads to a value of", MAX_VALUE),
+                    ):
+                        largest = float(np.abs(rows).max(initial=0.0))
+                        if largest > most:
+                            return refuse(
+                                announce,
+                                "nonfinite",
+                                f"part {key!r} {what} {largest:.3g}; at most {most:g} can be taken",
+                                "training has diverged: lower the learning rates",
+                            )
         except EdgeError as error:
             return refuse(announce, "shape", error.message, error.hint)
         return None
+
+    def _read(self, chain: Sequence[VersionRow]) -> Adapter:
+        return read_adapter([self._objects.path(version.object) for version in chain])
 
     def _write(self, number: int, round: int, adapter: Adapter) -> tuple[str, int]:
         path = self._folder / f"version-{number}.safetensors"

@@ -24,7 +24,7 @@ from aggregator.participations import DONE, Participations, critical_path, to_js
 from aggregator.planner.plan import RoundPlan
 from aggregator.state.base import ParticipationRow, RoundRow, Store, VersionRow
 from edge_sdk.clock import Clock
-from edge_sdk.errors import StateError
+from edge_sdk.errors import ContainerError, StateError
 from edge_sdk.protocol.trainer import Died, Evaluated, Failed
 from edge_sdk.protocol.wire import Offer, Run, Status
 
@@ -329,7 +329,16 @@ class Rounds:
         else:
             builds_on = self._built_on()
             number = builds_on + 1
-            digest, size = self._port.merged_version(number, row.number, self.chain(builds_on), received)
+            chain = self.chain(builds_on)
+            try:
+                digest, size = self._port.merged_version(number, row.number, chain, received)
+            except ContainerError as error:
+                # The same files would give the same error at every start: the run goes on without them.
+                self._port.emit(
+                    "round.not_merged", round=row.number, updates=len(received), message=error.message
+                )
+                self._close_empty()
+                return True
         wall = self._clock.wall()
         version = VersionRow(self._name, number, row.number, digest, size, None, "global", wall)
         with self._store.transaction():

@@ -21,7 +21,7 @@ from edge_sdk.clock import Clock
 from edge_sdk.config.run import RunConfig
 from edge_sdk.protocol.base import Record
 from edge_sdk.protocol.topics import Topics
-from edge_sdk.protocol.wire import AggregatorState, Offer, Run, Status, encode
+from edge_sdk.protocol.wire import AggregatorState, Announce, Offer, Refusal, Run, Status, encode
 from edge_sdk.transport.base import Inbound
 from edge_sdk.transport.objects import ObjectStore
 
@@ -93,7 +93,7 @@ class Running:
             self.fleet,
             limit_bytes=int(config.transfer.max_update_mb * 1e6),
             window=config.transfer.window,
-            check=self.adapters.check,
+            check=self._check,
             send=self._say,
             emit=self.emit,
         )
@@ -222,6 +222,9 @@ class Running:
         self._server.emit(name, **fields)
 
     # How
+
+    def _check(self, path: Path, announce: Announce) -> Refusal | None:
+        return self.adapters.check(path, announce, self.rounds.chain(announce.builds_on))
 
     def _version_of(self, digest: str) -> VersionRow | None:
         versions = self._store.versions(self.run.run)

@@ -99,6 +99,8 @@ def _round_line(name: str, f: Fields) -> str:
             return f"{head}: {f['device']} declined ({f['reason']}): {f['message']}"
         case "round.closed" if f["missed"]:
             return f"{head}: closed without {', '.join(f['missed'])}"
+        case "round.not_merged":
+            return f"{head}: {f['updates']} updates could not be merged: {f['message']}"
         case "round.empty":
             return f"{head}: nobody delivered, version {f['version']} stays"
         case "round.done" if f["overhead_s"] is not None:

@@ -15,7 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from aggregator.adapters import Adapters
 from aggregator.fleet import Fleet
+from edge_sdk.errors import ContainerError
 from edge_sdk.protocol.frames import encode_chunk
 from edge_sdk.protocol.wire import Announce, Choice, Have, Presence, Refusal, Status, encode
 from edge_sdk.transport.memory import MemoryTransport
@@ -186,6 +188,36 @@ def test_values_that_no_version_holds(world: World, value: float) -> None:
     assert refusal.reason == "nonfinite"
 
 
+def test_changes_do_not_add_up_to_what_no_version_holds(world: World) -> None:
+    world.open(rounds=replace(world.config.rounds, total=20, min_devices=1))
+    device = world.device(change=9900.0)
+    world.pump()
+    server = world.server
+    assert server is not None and not server.done
+    assert [refusal.reason for refusal in device.refusals][:1] == ["nonfinite"]
+    assert "leads to a value of 6.9" in device.refusals[0].message
+    assert device.receipts[-1].round == 6
+
+
+def test_a_merge_that_cannot_be_had_leaves_the_version_as_it_is(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: Any) -> None:
+        raise ContainerError("a value of 7e+04 does not fit 16 bits")
+
+    world.open()
+    with monkeypatch.context() as patch:
+        patch.setattr(Adapters, "merged", fails)
+        device = world.device()
+        world.pump()
+    assert "16 bits" in world.last("round.not_merged")["message"]
+    world.pass_time(10)
+    assert [receipt.round for receipt in device.receipts] == [1, 2]
+    server = world.server
+    assert server is not None and server.error is None
+    assert [row.outcome for row in server._store.rounds("demo")] == ["merged", "empty", "merged"]
+
+
 def test_altered_bytes_are_asked_for_again_and_then_dropped(world: World) -> None:
     sent: list[Announce] = []
 
@@ -348,9 +380,11 @@ def test_garbage_on_any_topic(tmp_path_factory: pytest.TempPathFactory, data: st
     world = getattr(test_garbage_on_any_topic, "world", None)
     if world is None:
         world = World(tmp_path_factory.mktemp("fuzz"))
-        world.open()
+        world.open(rounds=replace(world.config.rounds, min_devices=2))
         world.device(until="announce")
+        world.device("waits", until="offer")  # whatever becomes of the other one, the round stays open
         world.pump()
+        world.seeds = seeds(world)
         stranger = MemoryTransport(world.broker, "stranger")
         stranger.start(lambda message: None)
         test_garbage_on_any_topic.world = world  # type: ignore[attr-defined]
@@ -362,7 +396,7 @@ def test_garbage_on_any_topic(tmp_path_factory: pytest.TempPathFactory, data: st
                 [TOPICS.control("one"), TOPICS.bulk("one"), TOPICS.presence("two"), TOPICS.control("x")]
             )
         )
-        payload = bytearray(data.draw(st.sampled_from(seeds(world))))
+        payload = bytearray(data.draw(st.sampled_from(world.seeds)))
         if data.draw(st.booleans()):
             payload = bytearray(data.draw(st.binary(max_size=200)))
         else:
