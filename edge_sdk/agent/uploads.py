@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from msgspec.structs import replace as change
 
-from edge_sdk.agent.budgets import keep_rate
+from edge_sdk.agent.budgets import keep_rate, link_now
 from edge_sdk.agent.context import Context
 from edge_sdk.agent.record import Owed
 from edge_sdk.agent.states import ITEM, ItemState, Occasion
@@ -138,6 +138,8 @@ class Uploads:
     def _pump_item(self, item: OutboxItem, now: float) -> float | None:
         transfer = self._transfer(item, now)
         sender, context = transfer.sender, self._context
+        if context.transport.busy:
+            sender.still_leaving(now)
         while not sender.complete:
             wait = context.bucket.wait(item.announce.chunk_bytes + HEADER_BYTES)
             if wait > 0:
@@ -183,7 +185,10 @@ class Uploads:
                 f"up/{announce.run}/{announce.round}", announce.object,
             )  # fmt: skip
             path = self._context.store.path(announce.object)
-            transfer = _Transfer(ObjectSender(name, path, announce.bytes, announce.chunk_bytes), now)
+            sender = ObjectSender(
+                name, path, announce.bytes, announce.chunk_bytes, rate_bps=link_now(self._context).up_bps
+            )
+            transfer = _Transfer(sender, now)
             self._transfers[item.key] = transfer
         return transfer
 

@@ -47,6 +47,11 @@ class Transport(Protocol):
     def connected(self) -> bool: ...
 
     @property
+    def busy(self) -> bool:
+        """Whether something handed over is not known to have passed the first hop."""
+        ...
+
+    @property
     def description(self) -> str:
         """The broker, for people: ``mqtts://host:8883 (MQTT 5)``. Never holds a secret."""
         ...

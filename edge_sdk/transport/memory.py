@@ -123,6 +123,10 @@ class MemoryTransport:
         return self._connected
 
     @property
+    def busy(self) -> bool:
+        return False
+
+    @property
     def description(self) -> str:
         return "in memory"
 

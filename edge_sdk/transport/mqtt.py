@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from edge_sdk.config.broker import BrokerConfig
 from edge_sdk.errors import BrokerError, CredentialsError, EdgeError, ProtocolError
+from edge_sdk.protocol.frames import is_chunk
 from edge_sdk.transport.access import broker_access
 from edge_sdk.transport.base import Connection, Inbound, Will
 from edge_sdk.transport.mqtt_errors import NoAnswerError, NotYetValidError, TakenOverError
@@ -51,7 +52,8 @@ class _Subscribe:
 class MqttTransport:
     """A client of an MQTT broker. See ``Transport`` for what it promises.
 
-    ``publish`` also answers False when 16 MiB wait for a slow link: the caller sends less, or later.
+    ``publish`` also answers False when 16 MiB wait for a slow link: the caller sends less, or later. What is
+    retained is small, and always passes.
     ``Connection.final`` is set for a refused password or certificate; it goes on trying about once a minute
     all the same, since a password file or a clock may be put right.
 
@@ -76,12 +78,18 @@ class MqttTransport:
         self._will: Will | None = None
         self._version5 = True
         self._version5_proved = False
+        self._serving: Link | None = None
         self._served = False
         self._patient = False
 
     @property
     def connected(self) -> bool:
         return self._connected
+
+    @property
+    def busy(self) -> bool:
+        link = self._serving
+        return bool(self._queue) or (link is not None and link.unacknowledged > 0)
 
     @property
     def insecure(self) -> bool:
@@ -120,7 +128,8 @@ class MqttTransport:
     def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> bool:
         check_message(topic, payload)
         with self._lock:
-            if not self._connected or self._waiting + len(payload) > _MOST_WAITING_BYTES:
+            full = self._waiting + len(payload) > _MOST_WAITING_BYTES
+            if not self._connected or (full and not retain):
                 return False
             if self._most_payload is not None and len(payload) > self._most_payload - len(topic):
                 raise ProtocolError(
@@ -134,7 +143,11 @@ class MqttTransport:
             return True
 
     def stop(self) -> None:
-        """Sends what waits, for two seconds at most, and disconnects; nothing is delivered afterwards."""
+        """Sends what waits, for two seconds at most, and disconnects; nothing is delivered afterwards.
+
+        Chunks that wait are dropped, so that a goodbye does not wait behind them. Where not everything else
+        was acknowledged in time, it leaves without a word, and the will speaks.
+        """
         thread = self._thread
         if thread is None:
             return
@@ -201,8 +214,8 @@ class MqttTransport:
             link = self._link(self._will)
             if not self._stopping.is_set():
                 self._serve(link)
-            self._drain(link)
-            link.leave(self._wake_read)
+            if self._drain(link):
+                link.leave(self._wake_read)
         except EdgeError as error:
             self._patient = isinstance(error, NoAnswerError)
             return error
@@ -212,6 +225,7 @@ class MqttTransport:
         finally:
             with self._lock:
                 self._connected = False
+                self._serving = None
                 self._queue.clear()
                 self._waiting = 0
             if link is not None:
@@ -244,6 +258,7 @@ class MqttTransport:
         with self._lock:
             filters = list(self._filters)
             self._most_payload = link.most_payload
+            self._serving = link
             self._connected = True
         link.subscribe(filters)
         self._served = True
@@ -254,12 +269,19 @@ class MqttTransport:
             link.pump(self._wake_read, patience)
             self._drain_wake()
 
-    def _drain(self, link: Link) -> None:
+    def _drain(self, link: Link) -> bool:
+        """False: something may not have reached the broker."""
+        with self._lock:
+            self._queue = deque(
+                one for one in self._queue if not (isinstance(one, _Publish) and is_chunk(one.payload))
+            )
         end = time.monotonic() + _DRAIN_S
-        while time.monotonic() < end:
+        while True:
             self._feed(link)
             if not self._queue and not link.unacknowledged:
-                return
+                return True
+            if time.monotonic() >= end:
+                return False
             link.pump(self._wake_read, 0.1)
             self._drain_wake()
 
@@ -268,13 +290,16 @@ class MqttTransport:
             with self._lock:
                 if not self._queue:
                     return
-                command = self._queue.popleft()
-                if isinstance(command, _Publish):
-                    self._waiting -= len(command.payload)
+                command = self._queue[0]
             if isinstance(command, _Publish):
                 link.publish(command.topic, command.payload, command.retain)
             else:
                 link.subscribe([command.topic_filter])
+            with self._lock:
+                # Only now: ``busy`` sees it either here or with the link.
+                self._queue.popleft()
+                if isinstance(command, _Publish):
+                    self._waiting -= len(command.payload)
 
     def _on_message(self, topic: str, payload: bytes, retained: bool) -> None:
         if not self._stopping.is_set():

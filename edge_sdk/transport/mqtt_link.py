@@ -125,7 +125,7 @@ class Link:
         self._qos = 1
         self._socket: Any = None
         self._told_refused: set[int] = set()
-        self._opened = 0.0
+        self._opened = self._acknowledged = 0.0
         self._client = self._make(will)
 
     def _make(self, will: Will | None) -> paho.Client:
@@ -286,6 +286,7 @@ class Link:
         self, _client: object, _data: object, mid: int, reason: ReasonCode, _props: object
     ) -> None:
         self._unacknowledged.pop(mid, None)
+        self._acknowledged = time.monotonic()
         if reason.is_failure:
             self.refused += 1
             if reason.value not in self._told_refused:
@@ -309,7 +310,8 @@ class Link:
         if not self.accepted and now - self._opened > CONNECT_S:
             raise NoAnswerError(f"{self._access.url} took the connection and does not answer")
         oldest = next(iter(self._unacknowledged.values()), now)
-        if now - oldest > 3 * self._keepalive:
+        # From the last one on: on a slow link each waits behind those before it.
+        if now - max(oldest, self._acknowledged) > 3 * self._keepalive:
             raise BrokerError(f"the broker {self._access.url} acknowledges no messages any more")
 
     def _loss(self) -> EdgeError:

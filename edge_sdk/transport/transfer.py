@@ -10,7 +10,6 @@ import errno
 import os
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -22,7 +21,9 @@ from edge_sdk.transport.objects import ObjectStore, sync_folder
 __all__ = ["ObjectReceiver", "ObjectSender", "chunk_count", "sweep_partials"]
 
 _LEAST_TIMEOUT_S = 4.0
-_MOST_TIMEOUT_S = 60.0
+_BLIND_TIMEOUT_S = 60.0
+"""Before anything tells how fast the link is; also where the doubling of shorter ones ends."""
+_PATIENCE = 4
 _MOST_RANGES = 4096
 _PART, _HAVE = ".part", ".have"
 
@@ -34,34 +35,37 @@ def chunk_count(size: int, chunk_bytes: int) -> int:
     return -(-size // chunk_bytes)
 
 
-@dataclass
-class _Flight:
-    """A chunk under way."""
-
-    first_sent: float
-    last_sent: float
-    sendings: int = 1
-
-
 class ObjectSender:
     """Sends one object. Nothing goes out before the first ``Have``, nor beyond its window.
 
-    A chunk is sent again after max(4 s, 4 x smoothed time to its acknowledgement), at most 60 s, doubled
-    with every repeat. That time is counted from a chunk's *first* sending: too long after a loss, never
-    too short on a slow link.
+    A connection that lives loses next to nothing, and on a slow one a repeat only waits behind what it
+    repeats. So what is under way goes again only once nothing moved, neither out nor acknowledged, for the
+    longest of 4 s, 4 x the smoothed time between acknowledgements, and 4 x the time of a whole window at
+    ``rate_bps``; for 60 s where neither is known. Every repeat without an acknowledgement doubles it.
+
+    Args:
+        rate_bps: bits per second of the link, where known.
     """
 
-    def __init__(self, transfer: bytes, path: Path, size: int, chunk_bytes: int) -> None:
+    def __init__(
+        self, transfer: bytes, path: Path, size: int, chunk_bytes: int, *, rate_bps: float | None = None
+    ) -> None:
         self._transfer, self._path = transfer, path
         self._size, self._chunk_bytes = size, chunk_bytes
         self._count = chunk_count(size, chunk_bytes)
         self._held = bytearray(self._count)
         self._missing = self._count
         self._next = 0
-        self._flights: dict[int, _Flight] = {}
+        self._flights: dict[int, None] = {}
+        """Chunks under way, in the order of their first sending."""
+        self._overdue: list[int] = []
+        self._moved = 0.0
+        self._repeats = 0
+        self._link_bps = rate_bps
         self._window = 0
         self._believe_all = True
-        self._smoothed: float | None = None
+        self._gap: float | None = None
+        self._gap_since = 0.0
         self._busy_since: float | None = None
         self._busy_s = 0.0
         self._acknowledged = 0
@@ -117,18 +121,23 @@ class ObjectSender:
         """
         if self._window == 0:
             return None
-        for index, flight in self._flights.items():
-            if self._due(flight) <= now:
-                frame = self._frame(index)
-                flight.last_sent, flight.sendings = now, flight.sendings + 1
-                return frame
+        if self._flights and self._moved + self._timeout() <= now:
+            self._overdue = list(self._flights)
+            self._repeats += 1
+            self._moved = now
+        while self._overdue:
+            index = self._overdue.pop(0)
+            if index in self._flights:
+                return self._frame(index, now)
         if len(self._flights) >= self._window:
             return None
         while self._next < self._count:
             index = self._next
             if not self._held[index] and index not in self._flights:
-                frame = self._frame(index)
-                self._flights[index] = _Flight(now, now)
+                frame = self._frame(index, now)
+                if not self._flights:
+                    self._gap_since = now
+                self._flights[index] = None
                 if self._busy_since is None:
                     self._busy_since = now
                 return frame
@@ -138,33 +147,50 @@ class ObjectSender:
     def mark_lost(self) -> None:
         """After a reconnect: what was under way may be gone. Sends nothing before the next ``Have``."""
         self._flights.clear()
+        self._overdue.clear()
+        self._repeats = 0
         self._window = 0
         self._believe_all = True
         self._busy_since = None
 
+    def still_leaving(self, now: float) -> None:
+        """The transport has not got rid yet of what was handed to it: none of that is overdue."""
+        self._moved = now
+
     def due(self, now: float) -> float | None:
-        """Monotonic time at which the next chunk is sent again; None: nothing is under way."""
+        """Monotonic time at which chunks are sent again; None: nothing is under way."""
         if not self._flights or self._window == 0:
             return None
-        return max(now, min(self._due(flight) for flight in self._flights.values()))
+        return now if self._overdue else max(now, self._moved + self._timeout())
 
-    def _due(self, flight: _Flight) -> float:
-        timeout = max(_LEAST_TIMEOUT_S, 4 * (self._smoothed or 0.0)) * 2.0 ** min(flight.sendings - 1, 8)
-        return flight.last_sent + min(timeout, _MOST_TIMEOUT_S)
+    def _timeout(self) -> float:
+        known = []
+        if self._gap is not None:
+            known.append(self._gap)
+        if self._link_bps:
+            known.append(8 * self._window * self._chunk_bytes / self._link_bps)
+        timeout = max(_LEAST_TIMEOUT_S, _PATIENCE * max(known)) if known else _BLIND_TIMEOUT_S
+        return min(timeout * 2.0 ** min(self._repeats, 8), max(timeout, _BLIND_TIMEOUT_S))
 
     def _acknowledge(self, indexes: Sequence[int], now: float) -> None:
+        if not indexes:
+            return
         for index in indexes:
-            took = now - self._flights.pop(index).first_sent
-            self._smoothed = took if self._smoothed is None else 0.875 * self._smoothed + 0.125 * took
+            del self._flights[index]
             self._acknowledged += self._length(index)
-        if indexes and self._busy_since is not None:
+        gap = now - self._gap_since
+        # Up at once, down slowly: a repeat that came too early must not come a second time.
+        self._gap = gap if self._gap is None else max(gap, 0.875 * self._gap + 0.125 * gap)
+        self._gap_since = self._moved = now
+        self._repeats = 0
+        if self._busy_since is not None:
             self._busy_s += now - self._busy_since
             self._busy_since = now if self._flights else None
 
     def _length(self, index: int) -> int:
         return min(self._chunk_bytes, self._size - index * self._chunk_bytes)
 
-    def _frame(self, index: int) -> bytes:
+    def _frame(self, index: int, now: float) -> bytes:
         offset, length = index * self._chunk_bytes, self._length(index)
         try:
             with self._path.open("rb") as file:
@@ -177,6 +203,7 @@ class ObjectSender:
         frame = encode_chunk(self._transfer, index, offset, payload)
         self.bytes_sent += length
         self.chunks_sent += 1
+        self._moved = now
         return frame
 
 

@@ -13,6 +13,7 @@ from edge_sdk.errors import BaseModelError, DataError, FingerprintError, StateEr
 from edge_sdk.protocol.spec import TrainSpec
 from edge_sdk.protocol.trainer import Describe, Probe, Trained
 from edge_sdk.protocol.wire import Announce, Choice, Decline, Have, Presence, Receipt, Refusal, Status
+from edge_sdk.transport.memory import MemoryTransport
 
 
 @pytest.fixture
@@ -450,6 +451,24 @@ def test_uploads_keep_to_the_owners_limit(tmp_path: Path) -> None:
         assert world.clock.now < start + 60
     assert world.clock.now - start > 3
     assert world.aggregator.got(Status)[0].link.source == "configured"
+
+
+@pytest.mark.parametrize("busy", [True, False])
+def test_chunks_go_again_only_once_the_transport_got_rid_of_them(
+    world: World, busy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    joined(world)
+    world.aggregator.offer()
+    while not world.core.context.record.ledger("run-1").get("chunks_up"):
+        world.core.pump()
+        world.core.tick(world.clock.now)
+        world.aggregator.pump()
+    world.aggregator.serving = False
+    world.settle()
+    before = world.core.context.record.ledger("run-1")["chunks_up"]
+    monkeypatch.setattr(MemoryTransport, "busy", busy)
+    world.settle(200)
+    assert (world.core.context.record.ledger("run-1")["chunks_up"] > before) is not busy
 
 
 def test_the_adapter_is_exported_once(world: World) -> None:

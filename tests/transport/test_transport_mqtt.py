@@ -19,6 +19,7 @@ from peers import Peer
 from aggregator.broker.embedded import EmbeddedBroker, _free_port, find_mosquitto, start_leashed
 from edge_sdk.config.broker import BrokerConfig, TlsConfig
 from edge_sdk.errors import BrokerError, ConfigError, CredentialsError, ProtocolError
+from edge_sdk.protocol.frames import encode_chunk
 from edge_sdk.protocol.topics import Topics
 from edge_sdk.transport import mqtt
 from edge_sdk.transport.access import broker_access
@@ -317,16 +318,65 @@ def test_a_slow_link_pushes_back_instead_of_filling_memory(tmp_path: Path) -> No
     require_mosquitto()
     world = MqttWorld("mosquitto", tmp_path)
     peer = Peer(world.transport("dev-a")).up()
+    peer.wait(lambda: not peer.transport.busy)
     with_nobody_reading = 0
     # The broker's process is stopped: what is written to it stays here.
     subprocess.run(["kill", "-STOP", str(world.broker.pid)], check=True)
     payload = bytes(256 * 1024)
     while with_nobody_reading < 200 and peer.transport.publish(T.bulk("dev-a"), payload):
         with_nobody_reading += 1
+    assert peer.transport.busy
     subprocess.run(["kill", "-CONT", str(world.broker.pid)], check=True)
     assert with_nobody_reading * len(payload) < 32 * 1024 * 1024
     peer.wait(lambda: peer.transport.publish(T.bulk("dev-a"), payload))
+    peer.wait(lambda: not peer.transport.busy)
     world.close()
+
+
+@pytest.fixture
+def watched(tmp_path: Path) -> Iterator[tuple[MqttWorld, Peer, Peer]]:
+    """A broker, who watches a device, and the device."""
+    require_mosquitto()
+    world = MqttWorld("mosquitto", tmp_path)
+    watcher = Peer(world.transport(AGGREGATOR), start=False)
+    for topic_filter in (T.presence("+"), T.bulk("+")):
+        watcher.transport.subscribe(topic_filter)
+    watcher.start()
+    watcher.up()
+    device = Peer(world.transport("dev-a"), will=Will(T.presence("dev-a"), b"will")).up()
+    yield world, watcher, device
+    for peer in (device, watcher):
+        peer.transport.stop()
+    world.close()
+
+
+def test_a_goodbye_that_is_not_acknowledged_leaves_the_word_to_the_will(
+    watched: tuple[MqttWorld, Peer, Peer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world, watcher, device = watched
+    monkeypatch.setattr(mqtt, "_DRAIN_S", 0.3)
+    subprocess.run(["kill", "-STOP", str(world.broker.pid)], check=True)
+    for _ in range(30):  # more than may be unacknowledged
+        device.transport.publish(T.bulk("dev-a"), b"small")
+    device.transport.publish(T.presence("dev-a"), b"goodbye", retain=True)
+    device.transport.stop()
+    subprocess.run(["kill", "-CONT", str(world.broker.pid)], check=True)
+    assert watcher.receive(T.presence("dev-a")).payload == b"will"
+
+
+def test_a_goodbye_does_not_wait_behind_chunks(watched: tuple[MqttWorld, Peer, Peer]) -> None:
+    world, watcher, device = watched
+    subprocess.run(["kill", "-STOP", str(world.broker.pid)], check=True)
+    for index in range(300):
+        device.transport.publish(T.bulk("dev-a"), encode_chunk(bytes(16), index, 0, b"x"))
+    device.transport.publish(T.presence("dev-a"), b"goodbye", retain=True)
+    stopping = threading.Thread(target=device.transport.stop)
+    stopping.start()
+    stopping.join(0.3)
+    subprocess.run(["kill", "-CONT", str(world.broker.pid)], check=True)
+    assert watcher.receive(T.presence("dev-a")).payload == b"goodbye"
+    stopping.join(10)
+    assert len(watcher.take_all()) < 50
 
 
 def test_two_clients_with_one_id_are_told_so(embedded_broker: EmbeddedBroker) -> None:

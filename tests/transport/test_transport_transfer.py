@@ -71,23 +71,75 @@ def test_whole_object_in_windows_of_two(tmp_path: Path) -> None:
     assert receiver.duplicate_bytes == 0
 
 
-def test_lost_chunk_goes_again_after_its_time_and_later_each_time(tmp_path: Path) -> None:
+def test_what_is_lost_goes_again_once_nothing_moved_and_later_each_time(tmp_path: Path) -> None:
     path, digest = make(tmp_path, 3 * CHUNK)
     sender = sender_of(path)
     receiver = ObjectReceiver.open(tmp_path, digest, 3 * CHUNK, CHUNK)
     sender.on_have(receiver.have("dev", 1), 0.0)
-    assert [chunk.index for chunk in frames(sender, 0.0)] == [0]
-    assert sender.due(0.0) == 4.0
-    assert frames(sender, 3.9) == []
-    assert [chunk.index for chunk in frames(sender, 4.0)] == [0]
-    assert sender.due(4.0) == 12.0
-    assert sender.bytes_sent == 2 * CHUNK
-    receiver.accept(frames(sender, 12.0)[0])
-    sender.on_have(receiver.have("dev", 1), 13.0)
-    assert [chunk.index for chunk in frames(sender, 13.0)] == [1]
-    # 13 s from the first sending to the acknowledgement: four times that before the next repeat.
-    assert sender.due(13.0) == 13.0 + 52.0
+    receiver.accept(frames(sender, 0.0)[0])
+    assert sender.due(0.0) == 60.0  # nothing tells yet how fast the link is
+    sender.on_have(receiver.have("dev", 1), 0.5)
+    assert [chunk.index for chunk in frames(sender, 0.5)] == [1]
+    assert sender.due(0.5) == 4.5
+    assert frames(sender, 4.4) == []
+    assert [chunk.index for chunk in frames(sender, 4.5)] == [1]
+    assert sender.due(4.5) == 12.5
+    sender.still_leaving(10.0)
+    assert sender.due(10.0) == 18.0
+    receiver.accept(frames(sender, 18.0)[0])
+    sender.on_have(receiver.have("dev", 1), 20.0)
+    assert [chunk.index for chunk in frames(sender, 20.0)] == [2]
+    # 19.5 s from one acknowledgement to the next: four times that before another repeat.
+    assert sender.due(20.0) == 20.0 + 78.0
     receiver.close()
+
+
+def carry(
+    sender: ObjectSender, receiver: ObjectReceiver, window: int, bits_per_second: float, lost: set[int]
+) -> list[int]:
+    """The chunks that went out, in order, over a line that queues what it cannot carry at once.
+
+    Of the sendings, those numbered in ``lost`` never arrive.
+    """
+    now, free = 0.0, 0.0
+    line: list[tuple[float, Chunk | None]] = []
+    sent: list[int] = []
+    sender.on_have(receiver.have("dev", window), now)
+    while not sender.complete:
+        for chunk in frames(sender, now):
+            free = max(now, free) + 8 * len(chunk.payload) / bits_per_second
+            line.append((free, None if len(sent) in lost else chunk))
+            sent.append(chunk.index)
+        due = sender.due(now)
+        assert due is not None and now < 3600
+        now = min([due, *(at for at, _ in line[:1])])
+        while line and line[0][0] <= now:
+            arrived = line.pop(0)[1]
+            if arrived is not None:
+                receiver.accept(arrived)
+                sender.on_have(receiver.have("dev", window), now)
+    return sent
+
+
+@pytest.mark.parametrize("kbps", [512, 256, 128, 64])
+@pytest.mark.parametrize("known", [False, True])
+def test_no_chunk_goes_twice_over_a_slow_line(tmp_path: Path, kbps: int, known: bool) -> None:
+    size, chunk = 16 * 256 * 1024, 256 * 1024
+    path, digest = make(tmp_path, size)
+    rate = 1000.0 * kbps if known else None
+    sender = ObjectSender(TRANSFER, path, size, chunk, rate_bps=rate)
+    with ObjectReceiver.open(tmp_path, digest, size, chunk) as receiver:
+        assert carry(sender, receiver, 4, 1000.0 * kbps, set()) == list(range(16))
+
+
+@pytest.mark.parametrize("lost", [{0}, {5}, {4, 5, 6, 7}, {15}, {0, 1, 2, 3}])
+def test_what_a_slow_line_loses_goes_again_and_nothing_else(tmp_path: Path, lost: set[int]) -> None:
+    size, chunk = 16 * 64 * 1024, 64 * 1024
+    path, digest = make(tmp_path, size)
+    sender = ObjectSender(TRANSFER, path, size, chunk)
+    with ObjectReceiver.open(tmp_path, digest, size, chunk) as receiver:
+        sent = carry(sender, receiver, 4, 128_000.0, lost)
+    assert sorted(sent) == sorted([*range(16), *lost])
 
 
 def test_after_a_cut_only_what_is_missing_goes_and_at_most_a_window_again(tmp_path: Path) -> None:
