@@ -146,13 +146,16 @@ class Aggregator:
         if self._opened:
             return
         self._opened = True
-        self._began = self._saved = self._clock.monotonic()
-        self._folder.lock()
         try:
+            self._folder.lock()
             self._open()
-        except BaseException:
+        except BaseException as error:
             self.close()
+            if isinstance(error, OSError):
+                raise _of_the_folder(error) from error
             raise
+        # Only now: reading a large base for its digest is no fault of the broker's.
+        self._began = self._saved = self._clock.monotonic()
 
     def _open(self) -> None:
         shutil.rmtree(self._folder.work, ignore_errors=True)
@@ -315,10 +318,7 @@ class Aggregator:
 
     def _fail(self, error: EdgeError | OSError) -> None:
         if isinstance(error, OSError):
-            error = StateError(
-                f"the state folder failed: {error.strerror or error}",
-                "see that the disk has room; the same command goes on from here",
-            )
+            error = _of_the_folder(error)
         if self.error is None:
             self.error = error
             self.emit("run.failed", error=type(error).__name__, message=error.message, hint=error.hint)
@@ -331,8 +331,8 @@ class Aggregator:
             if self._running is not None:
                 self._running.greet()
             return
-        if event.final and isinstance(event.error, EdgeError):
-            raise event.error
+        if event.final and isinstance(event.error, EdgeError) and not self._ever_connected:
+            raise event.error  # later it may pass: a certificate is renewed, an account comes back
         self.emit("broker.down", broker=self._brokerage.description, error=str(event.error or ""))
         if self._running is not None:
             self._running.lost()
@@ -364,6 +364,14 @@ class Aggregator:
         if self._running is not None:
             return encode(self._running.state(ready=False))
         return encode(AggregatorState(ready=False, epoch=self._epoch, run=self.config.run.name))
+
+
+def _of_the_folder(error: OSError) -> StateError:
+    where = f" at {error.filename}" if error.filename else ""
+    return StateError(
+        f"the state folder failed{where}: {error.strerror or error}",
+        "see that it may be written and that the disk has room; the same command goes on from here",
+    )
 
 
 def _own_trainer(folder: Path) -> TrainerHost:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import sys
 from pathlib import Path
 from types import FrameType
 
@@ -22,8 +24,17 @@ def run_server(config: Path, *, as_json: bool) -> None:
     need_server_extra()
     from aggregator.server import Aggregator
 
-    server = Aggregator(load_run_config(config), on_event=_print_json if as_json else Progress(typer.echo))
     signals: list[int] = []
+
+    def write(line: str) -> None:
+        try:
+            typer.echo(line)
+        except BrokenPipeError:  # whoever read us is gone, as in `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            end(signal.SIGPIPE, None)
+
+    show = (lambda event: write(_json(event))) if as_json else Progress(write)
+    server = Aggregator(load_run_config(config), on_event=show)
 
     def end(number: int, _frame: FrameType | None) -> None:
         signals.append(number)
@@ -39,5 +50,5 @@ def run_server(config: Path, *, as_json: bool) -> None:
         raise typer.Exit(128 + signals[0])
 
 
-def _print_json(event: Event) -> None:
-    typer.echo(json.dumps({"event": event.name, "wall": event.wall, **event.fields}))
+def _json(event: Event) -> str:
+    return json.dumps({"event": event.name, "wall": event.wall, **event.fields})

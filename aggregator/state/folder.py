@@ -27,7 +27,11 @@ class StateFolder:
         self._lock: FolderLock | None = None
 
     def lock(self) -> None:
-        """Takes the folder for this process. Raises StateError where another one has it."""
+        """Takes the folder for this process; made by us it is its user's alone.
+
+        Raises StateError where another process has it, or OSError where it cannot be made.
+        """
+        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         try:
             self._lock = FolderLock(self.path)
         except StateError as error:
@@ -35,7 +39,7 @@ class StateFolder:
                 error.message, "stop that process, or set another run.state_dir in run.toml"
             ) from error
         for folder in (self.objects, self.partials, self.work):
-            folder.mkdir(exist_ok=True)
+            folder.mkdir(mode=0o700, exist_ok=True)
 
     def release(self) -> None:
         if self._lock is not None:

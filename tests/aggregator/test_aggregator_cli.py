@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -197,6 +201,22 @@ def test_every_event_has_a_line_or_none(world: World) -> None:
         assert part in text
     show(Event("something.else", {}))
     assert device_label("a", None, False) == "a"
+
+
+@pytest.mark.parametrize("words", [(), ("--json",)])
+def test_nobody_reads_what_it_says(tmp_path: Path, words: tuple[str, ...]) -> None:
+    World(tmp_path)
+    (tmp_path / "run.toml").write_text(TOML)
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-c", "from aggregator.cli.main import main; main()", "run", *words]
+    try:
+        ended = subprocess.run(
+            command, cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60, check=False
+        )
+    finally:
+        os.close(writer)
+    assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, "")
 
 
 def wait_for(what: Any, seconds: float = 20.0) -> None:

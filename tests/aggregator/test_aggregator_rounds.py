@@ -10,13 +10,15 @@ import pytest
 from fake_device import World
 from msgspec.structs import replace
 
+from aggregator.evaluation import Evaluator
 from aggregator.participations import Participations
 from aggregator.rounds import Rounds
 from aggregator.running import Running
 from aggregator.state.base import Store
-from edge_sdk.errors import StateError
+from edge_sdk.errors import BrokerError, CredentialsError, StateError
 from edge_sdk.protocol.trainer import Describe, Evaluate
 from edge_sdk.protocol.wire import RoundPosition
+from edge_sdk.transport.base import Connection
 from edge_sdk.updates.versions import read_adapter
 
 
@@ -233,6 +235,47 @@ def test_the_folder_has_one_server(world: World) -> None:
     with pytest.raises(StateError, match="in use"):
         World(world.folder).open()
     server.close()
+
+
+def test_a_state_folder_that_cannot_be_made(world: World) -> None:
+    (world.folder / "file").write_text("")
+    for name in ("file", "file/state"):
+        with pytest.raises(StateError, match="file"):
+            world.open(run=replace(world.config.run, state_dir=str(world.folder / name)))
+
+
+def test_the_state_folder_is_its_users_alone(world: World) -> None:
+    world.open().close()
+    assert (world.folder / "state").stat().st_mode & 0o777 == 0o700
+
+
+def test_time_to_read_the_base_is_not_the_brokers(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.broker.stop()
+    original = Evaluator.describe
+
+    def slowly(*args: Any) -> None:
+        world.clock.advance(1000)
+        original(*args)
+
+    monkeypatch.setattr(Evaluator, "describe", slowly)
+    server = world.open()
+    world.pump()
+    assert not server.done
+    world.pass_time(31)
+    assert isinstance(server.error, BrokerError)
+
+
+def test_a_refused_password_ends_only_who_was_never_connected(world: World) -> None:
+    refused = Connection(up=False, error=CredentialsError("no such account"), final=True)
+    server = world.open()
+    world.pump()
+    server.handle(refused)
+    assert not server.done and "no such account" in world.last("broker.down")["error"]
+    server.close()
+    world.broker.stop()
+    server = world.open()
+    server.handle(refused)
+    assert server.done and isinstance(server.error, CredentialsError)
 
 
 def test_a_missing_object_stops_the_server(world: World) -> None:
