@@ -48,11 +48,16 @@ class Participations:
         return self.find(round, device) if present.state == "open" and round == present.number else None
 
     def on_choice(self, choice: Choice) -> bool:
-        """Notes a choice; False where it is of no open participation."""
+        """Notes a choice; False where it is of no open participation, or comes after a later word."""
         row = self.open(choice.round, choice.device)
-        if row is None or row.state not in ("offered", "chosen"):
+        if row is None:
             return False
-        self._set(row, state="chosen", choice=to_json(choice))
+        if row.state in ("offered", "chosen"):
+            self._set(row, state="chosen", choice=to_json(choice))
+        elif row.choice is None:  # the first one was lost, and this one comes after the update's announce
+            self._set(row, choice=to_json(choice))
+        else:
+            return False
         return True
 
     def on_decline(self, decline: Decline) -> bool:

@@ -17,7 +17,7 @@ from aggregator.running import Running
 from aggregator.state.base import Store
 from edge_sdk.errors import BrokerError, CredentialsError, StateError
 from edge_sdk.protocol.trainer import Describe, Evaluate
-from edge_sdk.protocol.wire import RoundPosition
+from edge_sdk.protocol.wire import Choice, RoundPosition
 from edge_sdk.transport.base import Connection
 from edge_sdk.updates.versions import read_adapter
 
@@ -489,6 +489,24 @@ def test_a_lost_offer_comes_again_to_who_was_busy(world: World) -> None:
     device.report(position=RoundPosition(round=0, state="awaiting-receipt"))
     world.pump()
     assert offer is not None and device.offer is not None and device.offer.round == offer.round == 1
+
+
+def test_a_choice_after_the_announce_is_noted_all_the_same(world: World) -> None:
+    world.open(rounds=replace(world.config.rounds, min_devices=2))
+    world.device("two", until="choice")
+    device = world.device("one", until="offer")
+    world.pump()
+    assert device.offer is not None
+    version, candidate = device.offer.versions[-1], device.offer.candidates[0]
+    device.until = "receipt"
+    device._fetch(version.object, version.bytes)
+    world.pump()
+    row = store_of(world).participation("demo", 1, "one")
+    assert row is not None and (row.state, row.choice) == ("received", None)
+    device.say(Choice(device="one", run="demo", round=1, candidate=candidate, binding="none"))
+    world.pump()
+    row = store_of(world).participation("demo", 1, "one")
+    assert row is not None and row.state == "received" and row.choice is not None
 
 
 def test_lingers_for_who_took_part(world: World) -> None:
