@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from edge_sdk.clock import Clock
 from edge_sdk.config.run import RunConfig
 from edge_sdk.errors import (
     BaseModelError,
@@ -37,6 +38,9 @@ __all__ = ["Evaluator", "failure", "setup_of"]
 
 _TRIES = 2
 """A trainer that died is started again once; twice dead is an answer."""
+_SILENCE_S = 600.0
+"""An evaluation that nothing is heard of for so long hangs. Loading a base takes less, and then it tells of
+every batch; fetching one, before the run is made, may take any time."""
 
 _ERRORS: dict[str, type[EdgeError]] = {
     "data": DataError,
@@ -78,6 +82,9 @@ def setup_of(config: RunConfig, spec: TrainSpec, base: str) -> Setup:
 class _Task:
     make: Callable[[int], TrainerRequest]
     done: Callable[[TrainerReply], None]
+    silence_s: float | None
+    heard: float
+    """Monotonic time of the last sign of it."""
     tries: int = 1
 
 
@@ -88,8 +95,9 @@ class Evaluator:
         progress: called with every ``Progress``.
     """
 
-    def __init__(self, trainer: TrainerHost, progress: Callable[[Progress], None]) -> None:
+    def __init__(self, trainer: TrainerHost, clock: Clock, progress: Callable[[Progress], None]) -> None:
         self._trainer = trainer
+        self._clock = clock
         self._progress = progress
         self._id = 0
         self._task: _Task | None = None
@@ -99,20 +107,21 @@ class Evaluator:
         return self._task is not None
 
     def describe(self, setup: Setup, done: Callable[[Described | Failed | Died], None]) -> None:
-        self._ask(lambda id: Describe(id=id, setup=setup), done)
+        self._ask(lambda id: Describe(id=id, setup=setup), done, None)
 
     def evaluate(
         self, setup: Setup, versions: Sequence[Path], done: Callable[[Evaluated | Failed | Died], None]
     ) -> None:
         """Accuracy and loss of the version that the chain of files leads to."""
         paths = tuple(str(path) for path in versions)
-        self._ask(lambda id: Evaluate(id=id, setup=setup, versions=paths), done)
+        self._ask(lambda id: Evaluate(id=id, setup=setup, versions=paths), done, _SILENCE_S)
 
     def on_reply(self, reply: TrainerReply) -> None:
         """Answers to requests given up are ignored."""
         task = self._task
         if task is None or reply.id != self._id:
             return
+        task.heard = self._clock.monotonic()
         if isinstance(reply, Progress):
             self._progress(reply)
             return
@@ -123,12 +132,30 @@ class Evaluator:
         self._task = None
         task.done(reply)
 
+    def watch(self) -> float | None:
+        """Gives up on a trainer that hangs: it is ended, and its task failed.
+
+        Returns after how many seconds to look again; None: there is nothing to wait for.
+        """
+        task = self._task
+        if task is None or task.silence_s is None:
+            return None
+        left = task.heard + task.silence_s - self._clock.monotonic()
+        if left > 0:
+            return left
+        self._trainer.unload()
+        message = f"nothing was heard of the server's trainer for {task.silence_s:g} s; it was ended"
+        self.on_reply(Failed(id=self._id, cause="internal", message=message))
+        return None
+
     def close(self) -> None:
         self._task = None
         self._trainer.close()
 
-    def _ask(self, make: Callable[[int], TrainerRequest], done: Callable[..., None]) -> None:
-        self._task = _Task(make, done)
+    def _ask(
+        self, make: Callable[[int], TrainerRequest], done: Callable[..., None], silence_s: float | None
+    ) -> None:
+        self._task = _Task(make, done, silence_s, self._clock.monotonic())
         self._send(self._task)
 
     def _send(self, task: _Task) -> None:

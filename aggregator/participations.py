@@ -11,7 +11,7 @@ from aggregator.fleet import Fleet
 from aggregator.state.base import ParticipationRow, ParticipationState, RoundRow, Store
 from edge_sdk.clock import Clock
 from edge_sdk.errors import StateError
-from edge_sdk.protocol.wire import Announce, Choice, Decline, Receipt, Refusal
+from edge_sdk.protocol.wire import Announce, Choice, Decline, Offer, Receipt, Refusal
 
 __all__ = ["DONE", "Participations", "critical_path", "to_json"]
 
@@ -46,6 +46,15 @@ class Participations:
         """The participation, if its round is open."""
         present = self._present()
         return self.find(round, device) if present.state == "open" and round == present.number else None
+
+    def recommended(self, round: int) -> dict[str, int]:
+        """The depth that was recommended to each device of the round."""
+        depths = {}
+        for row in self._store.participations(self._name, round):
+            for candidate in msgspec.json.decode(row.offer, type=Offer).candidates:
+                if candidate.recommended:
+                    depths[row.device] = candidate.depth
+        return depths
 
     def on_choice(self, choice: Choice) -> bool:
         """Notes a choice; False where it is of no open participation, or comes after a later word."""

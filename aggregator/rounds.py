@@ -13,76 +13,28 @@ is decided once, by the transaction that moves the round from open to merging.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any
 
 import msgspec
 
 from aggregator.fleet import Fleet
 from aggregator.participations import DONE, Participations, critical_path, to_json
 from aggregator.planner.plan import RoundPlan
+from aggregator.round_port import RoundsPort, Terms
 from aggregator.state.base import ParticipationRow, RoundRow, Store, VersionRow
 from edge_sdk.clock import Clock
 from edge_sdk.errors import ContainerError, StateError
 from edge_sdk.protocol.trainer import Died, Evaluated, Failed
-from edge_sdk.protocol.wire import Offer, Run, Status
+from edge_sdk.protocol.wire import Offer, Run
 
-__all__ = ["Rounds", "RoundsPort", "Terms"]
+__all__ = ["Rounds"]
 
 _SAVE_S = 2.0
 """How often the time that a round has been open is written down: what a crash may give back to it."""
 _LEAST_REST_S, _MOST_REST_S = 5.0, 300.0
 """Pause after a round in which nobody delivered; doubles with every one in a row."""
 _LEAST_OFFER_S = 1.0
-
-
-@dataclass(frozen=True)
-class Terms:
-    """What the operator set for all rounds."""
-
-    total: int
-    min_devices: int
-    evaluate_every: int | None
-    """None: there is nothing to evaluate on."""
-    chunk_bytes: int
-    window: int
-
-
-class RoundsPort(Protocol):
-    """What the rounds need of the server around them."""
-
-    def plan(self, round: int, devices: Sequence[Status], previous: Mapping[str, int]) -> RoundPlan:
-        """``previous``: the depth recommended to each device in the round before."""
-        ...
-
-    def initial_version(self) -> tuple[str, int]:
-        """Digest and bytes of version 0's object."""
-        ...
-
-    def merged_version(
-        self, number: int, round: int, chain: Sequence[VersionRow], updates: Sequence[ParticipationRow]
-    ) -> tuple[str, int]: ...
-
-    def evaluate(self, chain: Sequence[VersionRow]) -> None:
-        """Begins; ``Rounds.on_evaluated`` gets the answer."""
-        ...
-
-    def send_offer(self, device: str, offer: Offer) -> None: ...
-
-    def position_changed(self) -> None:
-        """The round, the newest version or the end of the run: all devices are to know."""
-        ...
-
-    def round_closed(self, missed: Sequence[str]) -> None:
-        """Nothing more is taken for this round; these devices did not deliver."""
-        ...
-
-    def round_over(self) -> None:
-        """What the round's updates were kept for is done."""
-        ...
-
-    def emit(self, name: str, **fields: Any) -> None: ...
 
 
 class Rounds:
@@ -103,6 +55,7 @@ class Rounds:
         self._not_before = self._last
         self._evaluating, self._evaluation_began = False, self._last
         self._told_waiting: tuple[int, int] | None = None
+        self._told_none: set[tuple[int, str, str]] = set()
         row = store.last_round(self._name)
         if row is None:
             row = RoundRow(self._name, 0, "merging")
@@ -233,23 +186,18 @@ class Rounds:
         if newest is None:
             raise StateError("a round waits for devices, and there is no version 0")
         statuses = [status for member in ready if (status := member.planned()) is not None]
-        plan = self._port.plan(self._row.number, statuses, self._recommended())
-        for device, why in sorted(plan.excluded.items()):
-            self._port.emit("offer.none", round=self._row.number, device=device, reason=why)
+        plan = self._port.plan(
+            self._row.number, statuses, self.participations.recommended(self._row.number - 1)
+        )
+        left_out = {(self._row.number, device, why) for device, why in plan.excluded.items()}
+        for number, device, why in sorted(left_out - self._told_none):
+            self._port.emit("offer.none", round=number, device=device, reason=why)
+        self._told_none = left_out
         if not plan.candidates:
             self._not_before = now + _LEAST_REST_S
             return False
         self._open(plan, newest)
         return True
-
-    def _recommended(self) -> dict[str, int]:
-        """Depths that the round before recommended."""
-        depths = {}
-        for row in self._store.participations(self._name, self._row.number - 1):
-            for candidate in msgspec.json.decode(row.offer, type=Offer).candidates:
-                if candidate.recommended:
-                    depths[row.device] = candidate.depth
-        return depths
 
     def _open(self, plan: RoundPlan, newest: VersionRow) -> None:
         number, wall = self._row.number, self._clock.wall()
@@ -414,7 +362,7 @@ class Rounds:
                 empty += 1
             elif row.state == "closed":
                 break
-        return min(_MOST_REST_S, _LEAST_REST_S * 2 ** (empty - 1)) if empty else 0.0
+        return min(_MOST_REST_S, _LEAST_REST_S * 2.0 ** min(empty - 1, 16)) if empty else 0.0
 
     def _emit_closed(self) -> None:
         row = self._row

@@ -13,7 +13,8 @@ from aggregator.intake import Intake
 from aggregator.methods.base import Method
 from aggregator.planner.plan import RoundPlan, plan_round
 from aggregator.reception import Reception
-from aggregator.rounds import Rounds, Terms
+from aggregator.round_port import Terms
+from aggregator.rounds import Rounds
 from aggregator.state.base import ParticipationRow, Store, VersionRow
 from aggregator.state.folder import StateFolder
 from aggregator.transfers import Downloads, Ledger, Uploads

@@ -167,7 +167,7 @@ class Aggregator:
         if self._trainer is None:
             self._trainer = _own_trainer(self._folder.trainer)
         self._trainer.start(self._inbox.put)
-        self._evaluator = Evaluator(self._trainer, self._on_progress)
+        self._evaluator = Evaluator(self._trainer, self._clock, self._on_progress)
         row = self._store.run(self.config.run.name)
         if row is None:
             self._begin()
@@ -294,6 +294,9 @@ class Aggregator:
         try:
             if not self._ever_connected:
                 waits.append(self._patience(now))
+            hung = self._evaluator.watch()
+            if hung is not None:
+                waits.append(hung)
             if self._running is not None and not self.done:
                 waits += self._running.drive(now)
                 if self._running.rounds.finished:

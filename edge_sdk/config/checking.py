@@ -13,6 +13,7 @@ from msgspec import inspect
 
 from edge_sdk.config.problems import Problem, nearest, refuse, shown
 from edge_sdk.errors import ConfigError
+from edge_sdk.protocol.base import MOST
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -236,6 +237,6 @@ def _bounds(number: inspect.IntType | inspect.FloatType) -> str:
     limits = [
         f"{word} {getattr(number, name):g}"
         for name, word in words.items()
-        if getattr(number, name) is not None
+        if getattr(number, name) not in (None, MOST)  # which is so large that nobody needs to be told
     ]
     return " " + ", ".join(limits) if limits else ""

@@ -57,6 +57,7 @@ class TrainingSection(Record, frozen=True, kw_only=True):
 
 class RoundsSection(Record, frozen=True, kw_only=True):
     total: Positive = 10
+    """One in which nobody delivered counts too: a run comes to its end whatever becomes of its devices."""
     min_devices: Positive = 1
     """A round waits until so many devices are there and ready."""
     deadline_s: Seconds | None = None

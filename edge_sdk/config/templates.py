@@ -138,7 +138,7 @@ path = <BASE>
 # warmup_steps = 0         # steps of a round over which the rate rises
 
 [rounds]
-# total = 10
+# total = 10               # a round in which nobody delivered counts too
 # min_devices = 1          # a round waits until so many are there and ready
 # deadline_s = 600         # by default from the devices' own predictions; shorter drops slow devices
 # linger_s = 30            # after the last round, how long to wait for devices to fetch the result

@@ -8,6 +8,7 @@ import msgspec
 
 __all__ = [
     "MAX_RECORD_BYTES",
+    "MOST",
     "PROTOCOL",
     "Digest",
     "Fraction",
@@ -34,10 +35,10 @@ Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 """A sha256 in hex: the name of an object everywhere."""
 
 Text = Annotated[str, msgspec.Meta(max_length=4096)]
-_MOST = 2**63 - 1
+MOST = 2**63 - 1
 """What any database and any other language holds as a whole number."""
-Positive = Annotated[int, msgspec.Meta(ge=1, le=_MOST)]
-NotNegative = Annotated[int, msgspec.Meta(ge=0, le=_MOST)]
+Positive = Annotated[int, msgspec.Meta(ge=1, le=MOST)]
+NotNegative = Annotated[int, msgspec.Meta(ge=0, le=MOST)]
 Fraction = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
 
 

@@ -127,7 +127,7 @@ class FakeServerTrainer:
         self.auto = auto
         self.requests: list[TrainerRequest] = []
         self.pending: TrainerRequest | None = None
-        self.loaded = False
+        self.loaded = self.unloaded = False
         self._deliver: Callable[[TrainerReply], None] = lambda reply: None
 
     def start(self, deliver: Callable[[TrainerReply], None]) -> None:
@@ -171,7 +171,8 @@ class FakeServerTrainer:
 
     def interrupt(self) -> None: ...
 
-    def unload(self) -> None: ...
+    def unload(self) -> None:
+        self.unloaded = True
 
     def close(self) -> None:
         self._deliver = lambda reply: None

@@ -7,16 +7,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_device import World
+from fake_device import World, a_fit
 from msgspec.structs import replace
 
 from aggregator.evaluation import Evaluator
 from aggregator.participations import Participations
 from aggregator.rounds import Rounds
 from aggregator.running import Running
-from aggregator.state.base import Store
+from aggregator.state.base import RoundRow, Store
 from edge_sdk.errors import BrokerError, CredentialsError, StateError
-from edge_sdk.protocol.trainer import Describe, Evaluate
+from edge_sdk.protocol.trainer import Describe, Evaluate, Progress
 from edge_sdk.protocol.wire import Choice, RoundPosition
 from edge_sdk.transport.base import Connection
 from edge_sdk.updates.versions import read_adapter
@@ -212,6 +212,43 @@ def test_evaluation_that_fails_ends_nothing(world: World) -> None:
     version = store_of(world).version("demo", 0)
     assert version is not None and version.evaluation_error == "out of luck" and version.accuracy is None
     assert [receipt.round for receipt in device.receipts] == [1, 2]
+
+
+def test_an_evaluation_that_hangs_ends_nothing(world: World) -> None:
+    world.open(auto=False)
+    world.trainer.finish()  # describe
+    world.pump()
+    hanging = world.trainer.pending
+    assert isinstance(hanging, Evaluate)
+    world.pass_time(500, step=100)
+    world.server._inbox.put(Progress(id=hanging.id, stage="evaluating", done=1, total=9))  # type: ignore[union-attr]
+    world.pass_time(500, step=100)
+    assert rounds_of(world).row.state == "evaluating" and not world.trainer.unloaded
+    world.pass_time(200, step=100)
+    version = store_of(world).version("demo", 0)
+    assert version is not None and version.evaluation_error is not None
+    assert "for 600 s" in version.evaluation_error and world.trainer.unloaded
+    world.trainer.auto = True
+    device = world.device()
+    world.pump()
+    assert [receipt.round for receipt in device.receipts] == [1, 2]
+
+
+def test_who_gets_no_offer_is_told_once(world: World) -> None:
+    world.open()
+    world.device(fit=a_fit(max_length=64))
+    world.pump()
+    world.pass_time(60)
+    assert world.names().count("offer.none") == 1
+
+
+def test_the_rest_after_empty_rounds_has_an_end(world: World) -> None:
+    world.open()
+    world.pump()
+    rounds = rounds_of(world)
+    for number in range(2, 1500):
+        store_of(world).add_round(RoundRow("demo", number, "closed", outcome="empty"))
+    assert rounds._rest_s() == 300.0
 
 
 def test_a_base_that_cannot_be_described_is_an_error(world: World) -> None:
