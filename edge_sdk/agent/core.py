@@ -18,11 +18,13 @@ import msgspec
 
 from edge_sdk.agent.context import Context
 from edge_sdk.agent.downloads import Downloads
+from edge_sdk.agent.ending import Ending
 from edge_sdk.agent.export import ask_export
 from edge_sdk.agent.inbox import AgentEvent, ExportRequest, GateChanged, Pause, Resume, Stop
 from edge_sdk.agent.joining import Joining
-from edge_sdk.agent.reporting import live_state, status_record
+from edge_sdk.agent.reporting import live_state
 from edge_sdk.agent.rounds import Rounds
+from edge_sdk.agent.standing import Standing
 from edge_sdk.agent.states import PERMISSION, Occasion
 from edge_sdk.agent.uploads import Uploads
 from edge_sdk.errors import BrokerError, EdgeError, FingerprintError, ProtocolError, StateError
@@ -33,12 +35,10 @@ from edge_sdk.protocol.wire import (
     DeclineReason,
     Have,
     Offer,
-    Presence,
     Receipt,
     Refusal,
     Run,
     decode,
-    encode,
 )
 from edge_sdk.transport.base import Connection, Inbound, Will
 
@@ -67,14 +67,16 @@ class Core:
         self.downloads = Downloads(context)
         self.uploads = Uploads(context)
         self.rounds = Rounds(context, self.joining, self.downloads, self.uploads)
+        self.standing = Standing(context, self.joining, self.rounds)
+        self.ending = Ending(context, self.joining, self.rounds, self.downloads, self.fail, give_up_s)
         self.aggregator: AggregatorState | None = None
         self.error: EdgeError | None = None
         self.done = False
         self._give_up_s = give_up_s
         self._down_since: float | None = context.clock.monotonic()
         self._run_seen = False
+        self._ever_up = False
         self._gate: str | None = None
-        self._finished_told = False
         self._exports: deque[Future[Path]] = deque()
         self._live = b""
 
@@ -86,7 +88,9 @@ class Core:
         for topic in (topics.run, topics.aggregator, topics.reply(context.device)):
             context.transport.subscribe(topic)
         context.desk.trainer.start(self.inbox.put)
-        context.transport.start(self.inbox.put, Will(topics.presence(context.device), self._presence(False)))
+        context.transport.start(
+            self.inbox.put, Will(topics.presence(context.device), self.standing.presence(False))
+        )
         context.emit("agent.started", device=context.device, session=context.session,
                      broker=context.transport.description)  # fmt: skip
 
@@ -114,9 +118,7 @@ class Core:
         self.done = True
         context = self.context
         with contextlib.suppress(EdgeError):
-            context.transport.publish(
-                context.topics.presence(context.device), self._presence(False), retain=True
-            )
+            self.standing.be_present(False)
         context.transport.stop()
         context.desk.trainer.close()
         self.downloads.close()
@@ -207,11 +209,12 @@ class Core:
     def _on_connection(self, event: Connection) -> None:
         context = self.context
         if event.up:
-            self._down_since = None
+            self._down_since, self._ever_up = None, True
             context.emit("connection.up", broker=context.transport.description)
-            self._be_present()
+            self.standing.be_present()
             return
-        if event.final and isinstance(event.error, EdgeError):
+        hopeless = event.final and (self._give_up_s is not None or not self._ever_up)
+        if hopeless and isinstance(event.error, EdgeError):
             self.fail(event.error)
             return
         if self._down_since is None:
@@ -293,7 +296,8 @@ class Core:
             self._new_run()
         self._reach()
         times = [self.rounds.advance(now), self.downloads.tick(now), self.uploads.pump(now)]
-        self._follow_end()
+        times.append(self.ending.follow(self.aggregator, self._report, now))
+        times.append(self.standing.tick(self.aggregator, self._gate, now))
         if self._exports and not self.context.desk.busy:
             ask_export(self.context, self.joining, self._exports.popleft())
         return min((time for time in times if time is not None), default=None)
@@ -304,7 +308,7 @@ class Core:
         self.uploads.reload()
         self.downloads.keep_only(())
         self.context.store.sweep(self.context.record.objects())
-        self._finished_told = False
+        self.ending.clear()
 
     def _reach(self) -> None:
         """Whether what is said now is heard; on the way up everything is said that may have been missed."""
@@ -321,40 +325,13 @@ class Core:
         context.reachable = reachable
         if reachable:
             # Again: an aggregator that was not ready, or a broker that forgot, may have missed it.
-            self._be_present()
+            self.standing.be_present()
             self._report()
             self.downloads.connected(context.clock.monotonic())
         self._occasion("connect" if reachable else "disconnect")
 
     def _report(self) -> None:
-        present = 0 if self.aggregator is None else self.aggregator.round
-        status = status_record(self.context, self.joining, self.rounds.position(present), self._gate)
-        if status is not None and self.context.say(status):
-            self.context.emit("agent.reported", permission=status.permission, holds=list(status.holds))
-
-    def _follow_end(self) -> None:
-        """The run is finished: fetch the final version, tell that it is held, tell the owner."""
-        state, run = self.aggregator, self.joining.run
-        if state is None or run is None or not state.finished or state.run != run.run or self._finished_told:
-            return
-        if not self.joining.ready or self.context.nonce != run.nonce:
-            return
-        self.rounds.end_run()
-        final = state.version
-        if final is not None:
-            held = self.context.store.has(final.object)
-            if not held and not state.ready:
-                return
-            if not self.downloads.want([final], *self._transfer_terms()):
-                return
-        self._finished_told = True
-        self._report()
-        self.context.emit("run.finished", run=run.run, version=None if final is None else final.number)
-
-    def _transfer_terms(self) -> tuple[int, int]:
-        """Chunk size and window, as the last offer had them."""
-        rows = self.context.record.rounds()
-        return (rows[-1].offer.chunk_bytes, rows[-1].offer.window) if rows else (256 * 1024, 4)
+        self.standing.report(self.aggregator, self._gate)
 
     def _patience(self, now: float) -> float | None:
         if self._give_up_s is None or self._down_since is None:
@@ -368,18 +345,6 @@ class Core:
                 )
             )
         return until
-
-    def _be_present(self) -> None:
-        context = self.context
-        context.publish(context.topics.presence(context.device), self._presence(True), retain=True)
-
-    def _presence(self, online: bool) -> bytes:
-        from edge_sdk import __version__
-
-        context = self.context
-        return encode(
-            Presence(device=context.device, online=online, session=context.session, sdk=__version__)
-        )
 
     def _keep_live(self) -> None:
         """What ``edge-agent status`` shows of a running agent, whenever it changed."""

@@ -9,8 +9,8 @@ from edge_sdk.agent.budgets import keep_rate
 from edge_sdk.agent.context import Context
 from edge_sdk.errors import ContainerError
 from edge_sdk.protocol.frames import Chunk, transfer_id
-from edge_sdk.protocol.wire import VersionRef
-from edge_sdk.transport.transfer import ObjectReceiver, sweep_partials
+from edge_sdk.protocol.wire import Have, VersionRef
+from edge_sdk.transport.transfer import ObjectReceiver, chunk_count, sweep_partials
 
 __all__ = ["Downloads"]
 
@@ -39,13 +39,12 @@ class Downloads:
 
     def want(self, refs: Iterable[VersionRef], chunk_bytes: int, window: int) -> bool:
         """Whether all of these are held; begins to fetch those that are not."""
-        context, all_held = self._context, True
+        context, refs = self._context, list(refs)
         for ref in refs:
             if context.store.has(ref.object):
                 if context.record.versions().get(ref.number) != ref:
                     self._adopt(ref)
                 continue
-            all_held = False
             transfer = transfer_id(context.config.broker.namespace, context.device, "down", ref.object)
             if transfer not in self._fetches:
                 receiver = ObjectReceiver.open(self._folder, ref.object, ref.bytes, chunk_bytes)
@@ -55,7 +54,7 @@ class Downloads:
                 self._ask(fetch, now)
                 if receiver.complete:
                     self._finish(transfer, fetch)
-        return all_held
+        return all(context.store.has(ref.object) for ref in refs)
 
     def keep_only(self, refs: Iterable[VersionRef]) -> None:
         """Gives up what is fetched for nobody any more."""
@@ -75,6 +74,7 @@ class Downloads:
         """Raises ProtocolError for a chunk that does not fit its object, StateError for a full disk."""
         fetch = self._fetches.get(chunk.transfer)
         if fetch is None:
+            self._answer_stray(chunk)
             return
         if fetch.receiver.accept(chunk):
             fetch.patience = _ASK_S
@@ -97,6 +97,19 @@ class Downloads:
     def close(self) -> None:
         for fetch in self._fetches.values():
             fetch.receiver.close()
+
+    def _answer_stray(self, chunk: Chunk) -> None:
+        """A chunk of what is held: that it arrived was not heard. Of what nobody wants: the sender tires."""
+        context = self._context
+        for ref in context.record.versions().values():
+            name = transfer_id(context.config.broker.namespace, context.device, "down", ref.object)
+            if name == chunk.transfer and context.store.has(ref.object):
+                size = chunk.offset // chunk.index if chunk.index else max(1024, len(chunk.payload))
+                whole = ((0, chunk_count(ref.bytes, size)),)
+                context.say(
+                    Have(device=context.device, object=ref.object, bytes=ref.bytes, chunk_bytes=size,
+                         ranges=whole)
+                )  # fmt: skip
 
     def _ask(self, fetch: _Fetch, now: float) -> None:
         fetch.asked = now

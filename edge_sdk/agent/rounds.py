@@ -62,10 +62,10 @@ class Rounds:
     def position(self, present: int) -> RoundPosition | None:
         """Where this device stands, for its status.
 
-        An update of an earlier round than ``present`` is no place in it: who says None is offered again
-        what it may have missed.
+        A round or an update earlier than ``present`` is no place in it: who says None is offered again what
+        it may have missed.
         """
-        if self.row is not None and self.state != "idle":
+        if self.row is not None and self.state != "idle" and self.row.round >= present:
             return RoundPosition(round=self.row.round, state=self.state)
         items = [item for item in self._uploads.items if item.announce.round >= present]
         return RoundPosition(round=items[-1].announce.round, state=items[-1].state) if items else None
@@ -98,7 +98,9 @@ class Rounds:
         known = context.record.round(context.nonce, offer.round)
         if known is not None and known.offer.nonce == offer.nonce:
             if self.row is not None and known.round == self.row.round:
-                self._save(received=context.clock.monotonic(), boot=context.boot)
+                # What is left of the round is counted from now.
+                again = replace(self.row.offer, deadline_s=offer.deadline_s)
+                self._save(offer=again, received=context.clock.monotonic(), boot=context.boot)
             return "offer-again"
         newest = max((row.round for row in context.record.rounds()), default=0)
         if offer.round < newest or self._uploads.find(offer.run, offer.round) is not None:
@@ -356,6 +358,7 @@ class Rounds:
         if self.row is None:
             return
         self._save(state=None, outcome=outcome, packed=None, answer=answer or self.row.answer)
+        self._context.record.forget_old_rounds()
         self._stop_training()
         self._downloads.keep_only(())
         self.row = None

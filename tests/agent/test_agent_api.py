@@ -149,13 +149,28 @@ def test_gives_up_without_a_broker_only_when_told(stage: Stage) -> None:
         agent.wait(20)
 
 
-def test_a_refused_password_ends_it(stage: Stage) -> None:
-    agent = stage.agent()
+@pytest.mark.parametrize("once", [False, True])
+def test_a_refused_password_ends_it_before_the_first_connection_or_when_told(
+    stage: Stage, once: bool
+) -> None:
+    if not once:
+        stage.broker.stop()
+    agent = stage.agent(give_up_s=60.0 if once else None)
     agent.start()
     assert agent._core is not None
+    stage.until(lambda: "connection.up" in stage.names or "connection.down" in stage.names)
     agent._core.inbox.put(Connection(up=False, error=CredentialsError("refused"), final=True))
     with pytest.raises(CredentialsError):
         agent.wait(20)
+
+
+def test_a_refused_password_later_on_is_tried_again(stage: Stage) -> None:
+    with stage.agent() as agent:
+        stage.until(lambda: "connection.up" in stage.names)
+        assert agent._core is not None
+        agent._core.inbox.put(Connection(up=False, error=CredentialsError("refused"), final=True))
+        stage.until(lambda: "connection.down" in stage.names)
+        assert agent.running
 
 
 def test_stop_while_training(stage: Stage) -> None:
