@@ -29,8 +29,9 @@ from aggregator.state.folder import StateFolder, check_objects, open_store
 from edge_sdk.clock import Clock, SystemClock
 from edge_sdk.config.run import RunConfig
 from edge_sdk.data.base_files import find_base
-from edge_sdk.errors import BrokerError, EdgeError, StateError
+from edge_sdk.errors import BaseModelError, BrokerError, EdgeError, StateError
 from edge_sdk.events import Event, EventBus
+from edge_sdk.protocol.model import Fingerprint
 from edge_sdk.protocol.topics import Topics
 from edge_sdk.protocol.trainer import Described, Died, Failed, Progress, TrainerHost, TrainerReply
 from edge_sdk.protocol.wire import AggregatorState, Run, encode
@@ -165,7 +166,7 @@ class Aggregator:
         check_objects(self._store, self._objects)
         self._method = find_method(self.config.run.method)
         if self._trainer is None:
-            self._trainer = _own_trainer(self._folder.trainer)
+            self._trainer = _own_trainer(self._folder.trainer, self.config.base.path)
         self._trainer.start(self._inbox.put)
         self._evaluator = Evaluator(self._trainer, self._clock, self._on_progress)
         row = self._store.run(self.config.run.name)
@@ -210,35 +211,45 @@ class Aggregator:
 
     def _begin(self) -> None:
         """No such run yet: the trainer tells the model's shape, and then the run is made."""
-        base = find_base(self.config.base.path)
-        fingerprint = run_fingerprint(self.config, base, self._folder.path)
-        spec = self._method.spec(self.config)
+        wanted = self.config.base.path
+        try:
+            wanted = str(find_base(wanted))
+            fingerprint = run_fingerprint(self.config, Path(wanted), self._folder.path)
+        except BaseModelError:
+            if Path(wanted).is_absolute():
+                raise
+            fingerprint = None  # a hub id that is not on this disk: the trainer fetches it
 
         def described(reply: Described | Failed | Died) -> None:
             if not isinstance(reply, Described):
                 raise failure(reply)
-            run = make_run(self.config, self._method, reply.shape, fingerprint)
-            encode(run)  # too large a record is the operator's to know before anything is written
-            self._store.add_run(
-                RunRow(
-                    run=run.run,
-                    method=self.config.run.method,
-                    mathematics=msgspec.json.encode(mathematics(self.config)).decode(),
-                    record=msgspec.json.encode(run).decode(),
-                    base_folder=str(base),
-                    fingerprint=run.fingerprint.digest,
-                    rounds=self.config.rounds.total,
-                    finished=False,
-                    created_at=self._clock.wall(),
-                )
-            )
-            self._resume(run, base)
-            self._listen()
-            if self._running is not None:
-                self._running.greet()
+            self._make(reply, fingerprint)
 
-        self.emit("run.preparing", run=self.config.run.name, base=str(base))
-        self._evaluator.describe(setup_of(self.config, spec, str(base)), described)
+        self.emit("run.preparing", run=self.config.run.name, base=wanted)
+        self._evaluator.describe(setup_of(self.config, self._method.spec(self.config), wanted), described)
+
+    def _make(self, found: Described, fingerprint: Fingerprint | None) -> None:
+        base = Path(found.base)
+        fingerprint = fingerprint or run_fingerprint(self.config, base, self._folder.path)
+        run = make_run(self.config, self._method, found.shape, fingerprint)
+        encode(run)  # too large a record is the operator's to know before anything is written
+        self._store.add_run(
+            RunRow(
+                run=run.run,
+                method=self.config.run.method,
+                mathematics=msgspec.json.encode(mathematics(self.config)).decode(),
+                record=msgspec.json.encode(run).decode(),
+                base_folder=str(base),
+                fingerprint=run.fingerprint.digest,
+                rounds=self.config.rounds.total,
+                finished=False,
+                created_at=self._clock.wall(),
+            )
+        )
+        self._resume(run, base)
+        self._listen()
+        if self._running is not None:
+            self._running.greet()
 
     def _resume(self, run: Run, base: Path) -> None:
         self._running = Running(
@@ -377,7 +388,7 @@ def _of_the_folder(error: OSError) -> StateError:
     )
 
 
-def _own_trainer(folder: Path) -> TrainerHost:
+def _own_trainer(folder: Path, base: str) -> TrainerHost:
     from edge_sdk.agent.process_trainer import ProcessTrainer
 
-    return ProcessTrainer(folder)
+    return ProcessTrainer(folder, offline=Path(base).is_absolute())

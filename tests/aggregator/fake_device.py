@@ -126,6 +126,7 @@ class FakeServerTrainer:
     def __init__(self, auto: bool = True) -> None:
         self.auto = auto
         self.requests: list[TrainerRequest] = []
+        self.fetched: str | None = None
         self.pending: TrainerRequest | None = None
         self.loaded = self.unloaded = False
         self._deliver: Callable[[TrainerReply], None] = lambda reply: None
@@ -146,7 +147,7 @@ class FakeServerTrainer:
                 self._deliver(
                     Described(
                         id=request.id,
-                        base=request.setup.base,
+                        base=self.fetched or request.setup.base,
                         shape=SHAPE,
                         rest_mb=100,
                         samples=1,

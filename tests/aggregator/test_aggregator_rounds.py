@@ -15,7 +15,8 @@ from aggregator.participations import Participations
 from aggregator.rounds import Rounds
 from aggregator.running import Running
 from aggregator.state.base import RoundRow, Store
-from edge_sdk.errors import BrokerError, CredentialsError, StateError
+from edge_sdk.config.agent import BaseSection
+from edge_sdk.errors import BaseModelError, BrokerError, CredentialsError, StateError
 from edge_sdk.protocol.trainer import Describe, Evaluate, Progress
 from edge_sdk.protocol.wire import Choice, RoundPosition
 from edge_sdk.transport.base import Connection
@@ -256,6 +257,27 @@ def test_a_base_that_cannot_be_described_is_an_error(world: World) -> None:
     world.trainer.fail("no such model")
     world.pump()
     assert server.done and server.error is not None and "no such model" in str(server.error)
+
+
+def test_a_hub_id_that_is_not_on_this_disk_is_fetched_by_the_trainer(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(world.folder / "empty"))
+    folder = world.config.base.path
+    server = world.open(auto=False, base=BaseSection(path="someone/a-model"))
+    assert isinstance(world.trainer.pending, Describe)
+    assert world.trainer.pending.setup.base == "someone/a-model"
+    world.trainer.fetched = folder
+    world.trainer.auto = True
+    world.trainer.finish()
+    device = world.device()
+    world.pump()
+    assert [receipt.round for receipt in device.receipts] == [1, 2]
+    row = store_of(world).run("demo")
+    assert row is not None and row.base_folder == folder
+    server.close()
+    with pytest.raises(BaseModelError):
+        World(world.folder / "other").open(base=BaseSection(path=str(world.folder / "nowhere")))
 
 
 def test_other_mathematics_are_refused_by_name(world: World) -> None:
