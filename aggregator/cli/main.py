@@ -70,7 +70,12 @@ def export(
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write; replaced if it exists.")],
     config: ConfigOption = Path("run.toml"),
     version: Annotated[
-        int | None, typer.Option("--version", help="Default: the most accurate one, else the newest.")
+        str | None,
+        typer.Option(
+            "--version",
+            metavar="[newest|best|N]",
+            help="Default: best, by held-out accuracy; newest where none was evaluated.",
+        ),
     ] = None,
     json: JsonOption = False,
 ) -> None:

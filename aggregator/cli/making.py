@@ -39,11 +39,11 @@ def write_config(path: Path, *, force: bool, as_json: bool) -> None:
     )
 
 
-def export_version(config: Path, out: Path, number: int | None, *, as_json: bool) -> None:
+def export_version(config: Path, out: Path, wanted: str | None, *, as_json: bool) -> None:
     """Raises StateError where there is no such version."""
     with looking(config) as look:
         versions = look.store.versions(look.run.run)
-        chosen = pick_version(versions, number)
+        chosen, why = pick_version(versions, wanted)
         by_number = {version.number: version for version in versions}
         chain: list[VersionRow] = []
         at: int | None = chosen.number
@@ -72,8 +72,8 @@ def export_version(config: Path, out: Path, number: int | None, *, as_json: bool
             raise StateError(
                 f"{out} cannot be written: {error.strerror}", "name a folder that can be made"
             ) from error
-    facts = {"folder": str(folder), "version": chosen.number, "accuracy": chosen.accuracy}
-    typer.echo(json.dumps(facts) if as_json else f"wrote version {chosen.number} to {folder}")
+    facts = {"folder": str(folder), "version": chosen.number, "accuracy": chosen.accuracy, "why": why}
+    typer.echo(json.dumps(facts) if as_json else f"wrote version {chosen.number} to {folder} ({why})")
 
 
 def _whole(objects: ObjectStore, version: VersionRow) -> Path:
@@ -91,14 +91,30 @@ def _whole(objects: ObjectStore, version: VersionRow) -> Path:
     return path
 
 
-def pick_version(versions: Sequence[VersionRow], number: int | None) -> VersionRow:
-    """The one asked for; else the most accurate, the newest of equals; else the newest."""
+def pick_version(versions: Sequence[VersionRow], wanted: str | None) -> tuple[VersionRow, str]:
+    """The version, and why it is this one.
+
+    Args:
+        wanted: a number, ``newest``, or ``best``: the most accurate, the newest of equals. None: the best
+            where any was evaluated, else the newest.
+
+    Raises StateError where there is no such version.
+    """
     if not versions:
         raise StateError("the run has no version yet", "wait until the server has read the base model")
-    if number is not None:
-        for version in versions:
-            if version.number == number:
-                return version
-        raise StateError(f"there is no version {number}", f"versions are 0 to {versions[-1].number}")
+    newest = versions[-1]
     rated = [version for version in versions if version.accuracy is not None]
-    return max(rated or versions, key=lambda version: (version.accuracy or 0.0, version.number))
+    if wanted == "newest" or (wanted is None and not rated):
+        return newest, "the newest" if rated else "the newest; none was evaluated"
+    if wanted in (None, "best"):
+        if not rated:
+            raise StateError("no version was evaluated, so none is the best", "take --version newest")
+        best = max(rated, key=lambda version: (version.accuracy or 0.0, version.number))
+        why = f"the best on the held-out rows, accuracy {best.accuracy:.4f}"
+        return best, why if best is newest else f"{why}; the newest is version {newest.number}"
+    for version in versions:
+        if str(version.number) == wanted:
+            return version, "as asked for"
+    raise StateError(
+        f"there is no version {wanted}", f"versions are 0 to {newest.number}, or newest, or best"
+    )

@@ -132,13 +132,26 @@ def test_the_best_version_is_exported() -> None:
     def version(number: int, accuracy: float | None) -> VersionRow:
         return VersionRow("demo", number, number, "a" * 64, 1, None, "global", 0.0, accuracy)
 
-    assert (
-        pick_version([version(0, 0.1), version(1, 0.5), version(2, 0.4), version(3, None)], None).number == 1
-    )
-    assert pick_version([version(0, 0.5), version(1, 0.5)], None).number == 1
-    assert pick_version([version(0, None), version(1, None)], None).number == 1
-    with pytest.raises(StateError, match="no version yet"):
-        pick_version([], None)
+    rated = [version(0, 0.1), version(1, 0.5), version(2, 0.4), version(3, None)]
+    for wanted, number, told in (
+        (None, 1, "accuracy 0.5000; the newest is version 3"),
+        ("best", 1, "the best on the held-out rows"),
+        ("newest", 3, "the newest"),
+        ("2", 2, "as asked for"),
+    ):
+        chosen, why = pick_version(rated, wanted)
+        assert chosen.number == number and told in why
+    assert pick_version([version(0, 0.5), version(1, 0.5)], None)[0].number == 1
+    unrated = [version(0, None), version(1, None)]
+    assert pick_version(unrated, None) == (unrated[1], "the newest; none was evaluated")
+    for versions, wanted, told in (
+        ([], None, "no version yet"),
+        (unrated, "best", "no version was evaluated"),
+        (rated, "9", "no version 9"),
+        (rated, "latest", "no version latest"),
+    ):
+        with pytest.raises(StateError, match=told):
+            pick_version(versions, wanted)
 
 
 def test_init(tmp_path: Path, command: Command) -> None:
