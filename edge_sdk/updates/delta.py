@@ -33,7 +33,7 @@ def write_update(
     """Writes the update of ``keys``; returns the new residual, None where error feedback is off.
 
     ``residual``: that of the last update, {} for a first one, None without error feedback. What it holds
-    for keys not in ``keys`` is dropped: a part that was not trained has no error to make up for.
+    for keys not in ``keys`` stays in it: change of parts not trained now is still unsent.
     """
     chosen = list(keys)
     delta: Adapter = {}
@@ -57,4 +57,5 @@ def write_update(
     decoded = write_container(path, header, delta)
     if residual is None:
         return None
-    return {key: np.subtract(delta[key], decoded[key], dtype=np.float32) for key in chosen}
+    unsent = {key: np.subtract(delta[key], decoded[key], dtype=np.float32) for key in chosen}
+    return {**residual, **unsent}

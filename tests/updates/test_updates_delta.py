@@ -56,15 +56,15 @@ def test_without_error_feedback_there_is_no_residual(tmp_path):
     assert update(tmp_path / "u", start, moved(start, keys, 1), keys, codec="fp32", residual=None) is None
 
 
-def test_a_residual_joins_the_next_update_and_is_dropped_where_nothing_was_trained(tmp_path):
+def test_a_residual_joins_the_next_update_and_stays_where_nothing_was_trained(tmp_path):
     start = initial_adapter(SHAPE, LORA, 0)
     deep, shallow = tuned_keys(SHAPE, 3), tuned_keys(SHAPE, 1)
     first = update(tmp_path / "a", start, moved(start, deep, 1), deep, residual={})
     second = update(tmp_path / "b", start, start, shallow, residual=first, round=2)
     sent = decoded(tmp_path / "b")
-    assert second.keys() == set(shallow)
-    for key in shallow:
-        np.testing.assert_allclose(sent[key] + second[key], first[key], atol=1e-9)
+    assert sent.keys() == set(shallow) and second.keys() == set(deep)
+    for key in deep:
+        np.testing.assert_allclose(sent.get(key, 0) + second[key], first[key], atol=1e-9)
 
 
 def test_error_feedback_stays_bounded_and_reaches_the_optimum_of_a_quadratic(tmp_path):
@@ -101,6 +101,19 @@ def test_what_is_owed_joins_the_residual_whole(tmp_path):
     for key in keys:
         np.testing.assert_array_equal(owed[key], residual[key] + sent[key])
     assert add_owed({}, [tmp_path / "u"]).keys() == set(keys)
+
+
+def test_lower_layers_of_what_is_owed_outlive_a_shallow_round(tmp_path):
+    start = initial_adapter(SHAPE, LORA, 0)
+    deep, shallow = tuned_keys(SHAPE, 3), tuned_keys(SHAPE, 1)
+    end = moved(start, deep, 1)
+    owed = add_owed(update(tmp_path / "a", start, end, deep, residual={}), [tmp_path / "a"])
+    after = update(tmp_path / "b", start, start, shallow, residual=owed, round=2)
+    update(tmp_path / "c", start, start, deep, residual=after, codec="fp32", round=3)
+    sent = [decoded(tmp_path / "b"), decoded(tmp_path / "c")]
+    for key in deep:
+        total = sum(one[key] for one in sent if key in one)
+        np.testing.assert_allclose(total, end[key] - start[key], atol=1e-7)
 
 
 def test_an_update_names_only_parts_of_the_adapter(tmp_path):
