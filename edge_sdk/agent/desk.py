@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 
 from edge_sdk.clock import Clock
-from edge_sdk.protocol.trainer import Failed, Progress, TrainerHost, TrainerReply, TrainerRequest
+from edge_sdk.protocol.trainer import Died, Failed, Progress, TrainerHost, TrainerReply, TrainerRequest
 
 __all__ = ["Desk"]
 
 _INTERRUPT_S = 60.0
 """How long a step may take to notice an interrupt before the trainer is ended."""
+_SILENT_S = 600.0
+"""How long a trainer at work may say nothing, not even how far it is, before it is taken for dead."""
 
 
 class Desk:
@@ -24,7 +27,7 @@ class Desk:
         self._id: int | None = None
         self._answer: Callable[[TrainerReply], None] | None = None
         self._interrupted: float | None = None
-        self._used = clock.monotonic()
+        self._used = self._heard = clock.monotonic()
         self.task = ""
         """What is being done, in a word; empty when nothing is."""
 
@@ -40,11 +43,13 @@ class Desk:
             raise RuntimeError(f"the trainer was asked to {task} while it {self.task}")
         self._id, self._next_id = self._next_id, self._next_id + 1
         self._answer, self._interrupted, self.task = answer, None, task
+        self._heard = self._clock.monotonic()
         self.trainer.request(build(self._id))
 
     def on_reply(self, reply: TrainerReply) -> None:
         if reply.id != self._id:
             return
+        self._heard = self._clock.monotonic()
         answer = self._answer
         if not isinstance(reply, Progress):
             self._finish()
@@ -66,6 +71,11 @@ class Desk:
         """Ends a trainer that is idle or deaf. Returns when to look again."""
         if self._id is not None:
             if self._interrupted is None:
+                if now < self._heard + _SILENT_S:
+                    return self._heard + _SILENT_S
+                self.trainer.unload()
+                said = f"ended: the trainer said nothing for {_SILENT_S / 60:.0f} minutes"
+                self.on_reply(Died(id=self._id, memory=False, exit=-signal.SIGTERM, message=said))
                 return None
             if now < self._interrupted + _INTERRUPT_S:
                 return self._interrupted + _INTERRUPT_S

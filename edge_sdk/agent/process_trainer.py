@@ -65,15 +65,14 @@ class ProcessTrainer:
     def request(self, request: TrainerRequest) -> None:
         with self._lock:
             child = self._child
-            if child is None or not child.alive:
+            if child is None or not child.take(_id(request)):
                 try:
-                    child = self._child = self._spawn()
+                    child = self._child = self._spawn(_id(request))
                 except OSError as error:
                     self._tell(
                         Died(id=_id(request), memory=False, exit=127, message=f"cannot be started: {error}")
                     )
                     return
-            child.active = _id(request)
         child.send(request)
 
     def interrupt(self) -> None:
@@ -92,7 +91,7 @@ class ProcessTrainer:
         self._deliver = None
         self.unload()
 
-    def _spawn(self) -> _Child:
+    def _spawn(self, first: int) -> _Child:
         self._folder.mkdir(parents=True, exist_ok=True)
         ours, theirs = socket.socketpair()
         with theirs:
@@ -111,7 +110,7 @@ class ProcessTrainer:
             except BaseException:
                 ours.close()
                 raise
-        return _Child(process, ours, TrainerLog(self._folder / "trainer.log"), self._tell)
+        return _Child(process, ours, TrainerLog(self._folder / "trainer.log"), self._tell, first)
 
     def _tell(self, reply: TrainerReply) -> None:
         deliver = self._deliver
@@ -128,9 +127,11 @@ class _Child:
         pipe: socket.socket,
         log: TrainerLog,
         tell: Callable[[TrainerReply], None],
+        first: int,
     ) -> None:
         self.process = process
-        self.active: int | None = None
+        self.active: int | None = first
+        self._burial = threading.Lock()
         self.alive = True
         self._pipe = pipe
         self._log = log
@@ -141,6 +142,13 @@ class _Child:
         self._reader = threading.Thread(target=self._read_replies, name="trainer-replies", daemon=True)
         self._logger.start()
         self._reader.start()
+
+    def take(self, request: int) -> bool:
+        """Makes this the request that is answered, by ``Died`` at the least. False: it is dead already."""
+        with self._burial:
+            if self.alive:
+                self.active = request
+            return self.alive
 
     def send(self, request: TrainerRequest) -> None:
         try:
@@ -195,9 +203,10 @@ class _Child:
             self.process.kill()
             exit_status = self.process.wait()
         self._logger.join(_GRACE_S)
-        self.alive = False
+        with self._burial:
+            self.alive = False
+            active, self.active = self.active, None
         self._pipe.close()
-        active, self.active = self.active, None
         if self._wanted and active is not None:
             memory = exit_status == -signal.SIGKILL and _oom_kills() > self._kills_before
             self._tell(Died(id=active, memory=memory, exit=exit_status, message=self._epitaph(exit_status)))

@@ -69,7 +69,8 @@ Action = Literal[
 take: put the offer on disk. replace: give the present round up for the offered one. repeat: say again what
 was said. interrupt: end the training; the round's row stays,
 and whoever may run again trains it again. judge: memory, or not, or too often. give-up: decline the round.
-announce: start the transfer from its announce. requeue: forget what is under way."""
+announce: say the choice again, and start the transfer from its announce. requeue: forget what is under
+way."""
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,14 @@ class Uploads:
                 if reaction.to is not None:
                     self._set_state(item, "queued")
             if reaction.action == "announce":
+                self._repeat_choice(item)
                 self.announce(item, now)
+
+    def _repeat_choice(self, item: OutboxItem) -> None:
+        """A choice made while nobody heard it comes before the update that it led to."""
+        row = self._context.record.round(self._context.nonce, item.announce.round)
+        if row is not None and row.answer is not None:
+            self._context.say(row.answer)
 
     def added(self, run: str, number: int, now: float) -> None:
         """A new item is in the record."""
@@ -92,8 +99,7 @@ class Uploads:
         item = self._items.get((receipt.run, receipt.round))
         if item is None or item.announce.object != receipt.object:
             return
-        resent = max(0, item.bytes_sent - item.announce.bytes)
-        self._forget(item, "received", resent=resent)
+        resent = self._forget(item, "received")
         self._context.emit(
             "update.receipt", round=receipt.round, bytes=item.announce.bytes, bytes_resent=resent
         )
@@ -204,15 +210,11 @@ class Uploads:
         self._context.emit("update.state", round=item.announce.round, state=state)
 
     def _forget(
-        self,
-        item: OutboxItem,
-        outcome: str,
-        *,
-        resent: int = 0,
-        owed: bool = False,
-        clear_residual: bool = False,
-    ) -> None:
+        self, item: OutboxItem, outcome: str, *, owed: bool = False, clear_residual: bool = False
+    ) -> int:
+        """The item's end, whatever it is. Returns how many bytes went out more than once."""
         record, announce = self._context.record, item.announce
+        resent = max(0, self._items[item.key].bytes_sent - announce.bytes)
         with record.transaction():
             record.outbox.remove(*item.key)
             row = record.round(self._context.nonce, announce.round)
@@ -228,6 +230,7 @@ class Uploads:
         self._transfers.pop(item.key, None)
         if not owed:
             self._context.store.remove(announce.object)
+        return resent
 
     def reload(self) -> None:
         """Takes the items as the record has them."""

@@ -158,7 +158,7 @@ def test_item_cell(state: ItemState, occasion: Occasion, tmp_path: Path) -> None
     assert item.state == reaction.to
     assert world.core.context.record.outbox.items() == [item]
     said = [type(record) for record in world.aggregator.records]
-    assert said == ([Announce] if reaction.action == "announce" else [])
+    assert said == ([Choice, Announce] if reaction.action == "announce" else [])
     assert reaction.action in ("stay", "announce", "requeue")
 
 

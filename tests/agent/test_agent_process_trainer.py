@@ -168,3 +168,21 @@ def test_a_killed_host_leaves_no_worker(tmp_path: Path) -> None:
     while worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_request_to_a_trainer_that_is_dying_is_answered_all_the_same(host: Host) -> None:
+    for wait in range(12):
+        host.ask("x")
+        assert isinstance(host.answer(), Exported)
+        assert host.trainer.pid is not None
+        os.kill(host.trainer.pid, signal.SIGKILL)
+        time.sleep(wait / 2000)
+        number = host.ask("x")
+        assert host.answer().id == number
+
+
+def test_a_trainer_that_is_buried_takes_no_request(host: Host) -> None:
+    host.ask("die")
+    assert isinstance(host.answer(), Died)
+    child = host.trainer._child
+    assert child is not None and not child.take(7) and child.active is None

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from edge_sdk.agent.inbox import ExportRequest, GateChanged, Pause, Resume
 from edge_sdk.errors import BaseModelError, DataError, FingerprintError, StateError
 from edge_sdk.protocol.spec import TrainSpec
-from edge_sdk.protocol.trainer import Describe, Probe, Trained
+from edge_sdk.protocol.trainer import Describe, Probe, Progress, Trained
 from edge_sdk.protocol.wire import Announce, Choice, Decline, Have, Presence, Receipt, Refusal, Status
 from edge_sdk.transport.memory import MemoryTransport
 
@@ -288,6 +288,67 @@ def test_refused_for_its_place_becomes_owed(world: World, reason: str) -> None:
     assert not world.core.context.store.has(item.announce.object)
 
 
+def test_what_was_sent_twice_counts_however_the_update_ends(world: World) -> None:
+    world.aggregator.receipts = False
+    joined(world)
+    world.aggregator.offer()
+    world.settle()
+    world.aggregator.received.clear()
+    world.aggregator.state(epoch="e2")
+    world.settle()
+    (item,) = world.core.uploads.items
+    world.aggregator.say(
+        Refusal(
+            device="one", run="demo", round=1, object=item.announce.object, reason="round", message="late"
+        )
+    )
+    world.settle()
+    row = world.core.context.record.round("run-1", 1)
+    assert row is not None and (row.outcome, row.resent) == ("owed", 9600)
+    assert world.core.context.record.ledger("run-1")["bytes_resent"] == 9600
+
+
+def test_a_choice_made_offline_is_said_before_its_update(world: World) -> None:
+    world.trainer.auto = False
+    joined(world)
+    world.aggregator.offer()
+    world.settle()
+    world.broker.drop("agent-one")
+    world.trainer.fail("memory")
+    world.settle()
+    world.trainer.finish()
+    world.settle()
+    assert [item.state for item in world.core.uploads.items] == ["queued"]
+    world.broker.restore("agent-one")
+    world.settle()
+    said = [one for one in world.aggregator.records if isinstance(one, Choice | Announce)]
+    assert isinstance(said[-1], Announce) and isinstance(said[-2], Choice)
+    assert said[-2].candidate.id == said[-1].candidate.id == "d2"
+
+
+def test_declined_rounds_are_forgotten_in_time(tmp_path: Path) -> None:
+    world = joined(World(tmp_path, memory_mb=105.0))
+    for number in range(1, 71):
+        world.aggregator.offer(round=number)
+        world.settle()
+    assert len(world.core.context.record.rounds()) == 64
+
+
+def test_a_silent_trainer_is_taken_for_dead(world: World) -> None:
+    world.trainer.auto = False
+    joined(world)
+    world.aggregator.offer(deadline_s=10_000.0)
+    world.settle(599)
+    assert world.trainer.pending is not None
+    world.trainer.reply(Progress(id=world.trainer.pending.id, stage="training", done=1, total=5, loss=None))
+    world.settle(599)
+    assert world.trainer.unloads == 0 and len(world.trainer.trained) == 1
+    world.trainer.pending = None
+    world.settle(2)
+    assert world.trainer.unloads == 1 and len(world.trainer.trained) == 2
+    assert "10 minutes" in world.event("training.failed").fields["message"]
+
+
 def test_refused_for_its_content_is_dropped_with_its_residual(world: World) -> None:
     world.aggregator.receipts = False
     joined(world)
@@ -338,7 +399,7 @@ def test_a_new_epoch_hears_everything_again(world: World) -> None:
     world.aggregator.receipts = True
     world.aggregator.state(epoch="e2")
     world.settle()
-    assert [type(one) for one in world.aggregator.records[:3]] == [Presence, Status, Announce]
+    assert [type(one) for one in world.aggregator.records[:4]] == [Presence, Status, Choice, Announce]
     assert world.aggregator.got(Announce)[0].sent_bytes == 9600
     assert world.event("update.receipt").fields["bytes_resent"] == 9600
     assert world.core.context.record.ledger("run-1")["bytes_resent"] == 9600
