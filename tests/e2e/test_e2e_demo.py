@@ -59,8 +59,8 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def summary(out: Path) -> Any:
-    """100 steps a device at length 32."""
-    return demo(out, "--rounds", "4", "--steps", "25")
+    """A hundred steps a device, at length 32."""
+    return demo(out, "--rounds", "2", "--steps", "50")
 
 
 def choices(summary: Any) -> dict[str, tuple[int, int, str]]:
