@@ -298,8 +298,10 @@ def test_the_folder_has_one_server(world: World) -> None:
 
 def test_a_state_folder_that_cannot_be_made(world: World) -> None:
     (world.folder / "file").write_text("")
-    for name in ("file", "file/state"):
-        with pytest.raises(StateError, match="file"):
+    (world.folder / "odd").mkdir()
+    (world.folder / "odd" / "objects").write_text("")
+    for name in ("file", "file/state", "odd"):
+        with pytest.raises(StateError, match="file|objects"):
             world.open(run=replace(world.config.run, state_dir=str(world.folder / name)))
 
 
