@@ -301,7 +301,7 @@ def test_a_state_folder_that_cannot_be_made(world: World) -> None:
     (world.folder / "odd").mkdir()
     (world.folder / "odd" / "objects").write_text("")
     for name in ("file", "file/state", "odd"):
-        with pytest.raises(StateError, match="file|objects"):
+        with pytest.raises(StateError, match=r"file|objects"):
             world.open(run=replace(world.config.run, state_dir=str(world.folder / name)))
 
 
