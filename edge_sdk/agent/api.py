@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
@@ -16,7 +17,7 @@ from edge_sdk.agent.desk import Desk
 from edge_sdk.agent.inbox import ExportRequest, Pause, Resume, Stop
 from edge_sdk.agent.lock import FolderLock
 from edge_sdk.agent.process_trainer import ProcessTrainer
-from edge_sdk.agent.record import AgentRecord
+from edge_sdk.agent.record import AgentRecord, disk_error
 from edge_sdk.agent.reporting import folder_status
 from edge_sdk.clock import Clock, SystemClock, boot_id
 from edge_sdk.config.agent import AgentConfig
@@ -253,15 +254,24 @@ def open_core(
 ) -> Core:
     """An agent's core on its state folder, for who drives it without threads: a simulation, a test.
 
-    Neither locks the folder nor connects: ``core.start()`` does the latter.
+    Neither locks the folder nor connects: ``core.start()`` does the latter. Raises StateError for a folder
+    that cannot be used.
     """
     folder = Path(config.agent.state_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    record = AgentRecord(folder / "agent.db")
+    record: AgentRecord | None = None
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        record = AgentRecord(folder / "agent.db")
+        session = record.next_session()
+        store = ObjectStore(folder / "objects")
+        store.sweep(record.objects())
+    except (OSError, sqlite3.Error, StateError) as error:
+        if record is not None:
+            record.close()
+        if isinstance(error, StateError):
+            raise
+        raise disk_error(folder, error) from error
     limit = config.limits.uplink_kbps
-    session = record.next_session()
-    store = ObjectStore(folder / "objects")
-    store.sweep(record.objects())
     context = Context(
         config=config,
         folder=folder,

@@ -22,12 +22,13 @@ from edge_sdk.agent.ending import Ending
 from edge_sdk.agent.export import ask_export
 from edge_sdk.agent.inbox import AgentEvent, ExportRequest, GateChanged, Pause, Resume, Stop
 from edge_sdk.agent.joining import Joining
+from edge_sdk.agent.record import disk_error
 from edge_sdk.agent.reporting import live_state
 from edge_sdk.agent.rounds import Rounds
 from edge_sdk.agent.standing import Standing
 from edge_sdk.agent.states import PERMISSION, Occasion
 from edge_sdk.agent.uploads import Uploads
-from edge_sdk.errors import BrokerError, EdgeError, FingerprintError, ProtocolError, StateError
+from edge_sdk.errors import BrokerError, EdgeError, FingerprintError, ProtocolError
 from edge_sdk.protocol.base import PROTOCOL
 from edge_sdk.protocol.frames import decode_chunk, is_chunk
 from edge_sdk.protocol.wire import (
@@ -148,7 +149,7 @@ class Core:
         except EdgeError as error:
             self.fail(error)
         except (OSError, sqlite3.Error) as error:
-            self.fail(_disk_error(self.context.folder, error))
+            self.fail(disk_error(self.context.folder, error))
         self._keep_live()
 
     def tick(self, now: float) -> float | None:
@@ -161,7 +162,7 @@ class Core:
             self.fail(error)
             times = []
         except (OSError, sqlite3.Error) as error:
-            self.fail(_disk_error(self.context.folder, error))
+            self.fail(disk_error(self.context.folder, error))
             times = []
         self._keep_live()
         return min((time for time in times if time is not None), default=None)
@@ -355,9 +356,3 @@ class Core:
             self._live = live
             with self.context.record.counting():
                 self.context.record.put("live", live.decode())
-
-
-def _disk_error(folder: Path, error: OSError | sqlite3.Error) -> StateError:
-    return StateError(
-        f"the state folder {folder} cannot be used: {error}", "free disk space, or check the disk"
-    )

@@ -7,6 +7,7 @@ import os
 import time
 from pathlib import Path
 
+from edge_sdk.agent.record import disk_error
 from edge_sdk.errors import StateError
 
 __all__ = ["FolderLock", "holder"]
@@ -22,13 +23,11 @@ class FolderLock:
 
     def __init__(self, folder: Path) -> None:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._fd = os.open(folder / _NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            # What lies in it tells of the owner's data; nobody else reads it.
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._fd = os.open(folder / _NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise StateError(
-                f"the state folder {folder} cannot be used: {error.strerror}",
-                "set agent.state_dir to a folder that this user may write",
-            ) from error
+            raise disk_error(folder, error) from error
         if not _try_lock(self._fd):
             pid = _read_pid(self._fd)
             os.close(self._fd)
@@ -36,8 +35,12 @@ class FolderLock:
                 f"the state folder {folder} is in use by process {pid or 'unknown'}",
                 "stop that agent, or give this one another agent.state_dir",
             )
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+        try:
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+        except OSError as error:
+            self.release()
+            raise disk_error(folder, error) from error
 
     def release(self) -> None:
         if self._fd >= 0:

@@ -22,7 +22,7 @@ from edge_sdk.protocol.trainer import Described
 from edge_sdk.protocol.wire import Choice, Decline, Offer, Run, VersionRef
 from edge_sdk.transport.outbox import Outbox
 
-__all__ = ["AgentRecord", "Knowledge", "Owed", "Packed", "RoundRow"]
+__all__ = ["AgentRecord", "Knowledge", "Owed", "Packed", "RoundRow", "disk_error"]
 
 SCHEMA = 1
 _KEPT_ROUNDS = 64
@@ -85,6 +85,15 @@ class Owed(Record, frozen=True, kw_only=True):
     round: NotNegative
 
 
+def disk_error(place: Path, error: OSError | sqlite3.Error) -> StateError:
+    """What to show where the disk refuses: full, not writable, broken."""
+    why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return StateError(
+        f"{place} cannot be used: {why}",
+        "free disk space, or set agent.state_dir to a folder that this user may write",
+    )
+
+
 _R = TypeVar("_R", bound=Record)
 
 
@@ -123,6 +132,8 @@ class AgentRecord:
             if verdict != "ok":
                 raise sqlite3.DatabaseError(str(verdict))
             self.outbox = Outbox(self._db)
+        except sqlite3.OperationalError as error:
+            raise disk_error(path, error) from error
         except sqlite3.Error as error:
             raise StateError(
                 f"the state file {path} is damaged: {error}",

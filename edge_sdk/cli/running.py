@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import sys
 import threading
 from pathlib import Path
 from types import FrameType
@@ -28,8 +30,11 @@ def run_agent(config: Path, *, once: bool, as_json: bool) -> None:
         try:
             typer.echo(line)
         except BrokenPipeError:  # whoever read us is gone, as in `| head`
+            _mute()
             ended.set()
             agent.stop(wait=False)
+        except OSError:  # a log file on a full disk: the training does not stop for it
+            _mute()
 
     agent.on((lambda event: write(_json(event))) if as_json else Progress(write))
     if once:
@@ -49,6 +54,13 @@ def run_agent(config: Path, *, once: bool, as_json: bool) -> None:
         agent.stop()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _mute() -> None:
+    """Standard output leads nowhere from now on: what it holds unwritten must not fail again at the exit."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def _json(event: Event) -> str:

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator, Set
 from pathlib import Path
 
-from edge_sdk.errors import ContainerError, ProtocolError
+from edge_sdk.errors import ContainerError, ProtocolError, StateError
 
 __all__ = ["ObjectStore", "file_digest", "sync_folder"]
 
@@ -20,11 +20,20 @@ _BLOCK = 1 << 20
 
 
 class ObjectStore:
-    """One flat folder of objects, each a file named by its sha256."""
+    """One flat folder of objects, each a file named by its sha256.
+
+    Raises StateError where it cannot be made.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise StateError(
+                f"the folder {folder} cannot be made: {error.strerror}",
+                "free disk space, or check who may write there",
+            ) from error
 
     def path(self, digest: str) -> Path:
         """Where the object lies, or would lie. Raises ProtocolError for what is not a sha256 in hex."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -14,6 +16,7 @@ import pytest
 from agent_fakes import FakeAggregator, FakeBase, FakeMachine, FakeTrainer, World, version_object
 
 import edge_sdk.agent.api as api
+import edge_sdk.agent.record as api_record
 from edge_sdk.agent.api import Agent
 from edge_sdk.agent.lock import FolderLock, holder
 from edge_sdk.agent.record import AgentRecord
@@ -208,6 +211,39 @@ def test_a_damaged_or_newer_state_file(tmp_path: Path) -> None:
     record.close()
     with pytest.raises(StateError, match="schema 99"):
         AgentRecord(path)
+
+
+def refuse(*_words: object, **_named: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("where", ["lock", "session", "objects", "record"])
+def test_a_full_disk_is_told_at_the_start(stage: Stage, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_words: object) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    if where == "lock":
+        monkeypatch.setattr(os, "pwrite", refuse)
+    elif where == "session":
+        monkeypatch.setattr(AgentRecord, "next_session", full)
+    elif where == "objects":
+        mkdir = Path.mkdir
+        monkeypatch.setattr(
+            Path, "mkdir", lambda path, **named: (refuse if path.name == "objects" else mkdir)(path, **named)
+        )
+    else:
+        monkeypatch.setattr(api_record, "Outbox", full)
+    with pytest.raises(StateError, match=r"No space|disk is full") as told:
+        stage.agent().start()
+    assert "disk space" in told.value.hint and "damaged" not in told.value.message
+    monkeypatch.undo()
+    FolderLock(Path(stage.config.agent.state_dir)).release()
+
+
+def test_the_state_folder_is_the_owners_alone(stage: Stage) -> None:
+    with stage.agent():
+        pass
+    assert Path(stage.config.agent.state_dir).stat().st_mode & 0o077 == 0
 
 
 def test_sessions_count_starts(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -160,7 +161,24 @@ def test_run_ends_when_nobody_reads_it(folder: Path) -> None:
         process.stdout.readline()
         process.stdout.close()
         assert process.wait(20) == 0
-        assert "Traceback" not in process.stderr.read()
+        assert not process.stderr.read()
+
+
+def test_run_goes_on_where_its_output_cannot_be_written(folder: Path) -> None:
+    with (
+        Path("/dev/full").open("w") as full,
+        subprocess.Popen(
+            command("run"), stdout=full, stderr=subprocess.PIPE, text=True, cwd=folder, env=environment()
+        ) as process,
+    ):
+        assert process.stderr is not None
+        while not (folder / "state" / "agent.db").is_file():
+            assert process.poll() is None
+            time.sleep(0.05)
+        time.sleep(0.5)
+        process.terminate()
+        assert process.wait(20) == 0
+        assert not process.stderr.read()
 
 
 def test_once_gives_up_with_69(folder: Path) -> None:
