@@ -9,13 +9,14 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
 from edge_sdk.errors import ContainerError, ProtocolError, StateError
-from edge_sdk.protocol.frames import MAX_CHUNK_BYTES, Chunk, encode_chunk
-from edge_sdk.protocol.wire import MAX_OBJECT_BYTES, Have
+from edge_sdk.protocol.frames import Chunk, encode_chunk
+from edge_sdk.protocol.wire import Have
+from edge_sdk.transport.chunks import chunk_count, mark, ranges_of
 from edge_sdk.transport.objects import ObjectStore, sync_folder
 
 __all__ = ["ObjectReceiver", "ObjectSender", "chunk_count", "sweep_partials"]
@@ -26,13 +27,6 @@ _BLIND_TIMEOUT_S = 60.0
 _PATIENCE = 4
 _MOST_RANGES = 4096
 _PART, _HAVE = ".part", ".have"
-
-
-def chunk_count(size: int, chunk_bytes: int) -> int:
-    """How many chunks an object has. Raises ProtocolError for sizes outside the contract."""
-    if not 0 < size <= MAX_OBJECT_BYTES or not 0 < chunk_bytes <= MAX_CHUNK_BYTES:
-        raise ProtocolError(f"an object of {size} bytes in chunks of {chunk_bytes} is outside the contract")
-    return -(-size // chunk_bytes)
 
 
 class ObjectSender:
@@ -101,7 +95,7 @@ class ObjectSender:
                 f"the receiver speaks of {have.bytes} bytes in chunks of {have.chunk_bytes}, "
                 f"the object has {self._size} in chunks of {self._chunk_bytes}"
             )
-        held = _mark(have.ranges, self._count)
+        held = mark(have.ranges, self._count)
         self._acknowledge([index for index in self._flights if held[index]], now)
         if self._believe_all or not self._flights:
             self._believe_all = False
@@ -290,7 +284,7 @@ class ObjectReceiver:
     @property
     def ranges(self) -> tuple[tuple[int, int], ...]:
         """Chunks held, as half-open ranges in order."""
-        return tuple(_ranges(self._held))
+        return tuple(ranges_of(self._held))
 
     @property
     def complete(self) -> bool:
@@ -388,24 +382,3 @@ def _write(descriptor: int, data: bytes | memoryview, offset: int) -> None:
     while view:
         written = os.pwrite(descriptor, view, offset)
         view, offset = view[written:], offset + written
-
-
-def _ranges(held: bytearray) -> Iterator[tuple[int, int]]:
-    first = held.find(1)
-    while first >= 0:
-        after = held.find(0, first)
-        if after < 0:
-            after = len(held)
-        yield first, after
-        first = held.find(1, after)
-
-
-def _mark(ranges: Sequence[tuple[int, int]], count: int) -> bytearray:
-    """The chunks in ``ranges``. Raises ProtocolError for ranges out of order, empty or beyond the end."""
-    held, end = bytearray(count), 0
-    for first, after in ranges:
-        if not end <= first < after <= count:
-            raise ProtocolError(f"chunks [{first}, {after}) are no range of an object of {count} chunks")
-        held[first:after] = b"\x01" * (after - first)
-        end = after
-    return held
