@@ -45,6 +45,7 @@ from examples.demo.story import Story
 from examples.demo.summary import lines, summarise
 
 _LONGEST_S = 1800.0
+_LONGEST_START_S = 180.0
 _INTERRUPTED = 130
 Say = Callable[[str], None]
 
@@ -71,10 +72,9 @@ class _Demo:
             children.start("server", [AGGREGATOR, "run", "--config", str(run_toml), "--json"])
             described = self._rest(config)
             self.say(f"a resting trainer holds {described.rest_mb:.0f} MB on this machine")
-            self._until_broker(children)
-            tomls = {}
-            for device in self.devices:
-                tomls[device.id] = write_agent_toml(
+            self._until(children, lambda: bool(self.story.broker_url))
+            tomls = {
+                device.id: write_agent_toml(
                     self.out / f"{device.id}.toml",
                     device,
                     base=self.base,
@@ -82,8 +82,9 @@ class _Demo:
                     broker=self.story.broker_url,
                     rest_mb=described.rest_mb,
                 )
-                command = [AGENT, "run", "--config", str(tomls[device.id]), "--once", "--json"]
-                children.start(device.id, command)
+                for device in self.devices
+            }
+            self._start_agents(children, tomls)
             for said in children.events(timeout_s=_LONGEST_S):
                 self._show(self.story.feed(said))
         wall_s = time.monotonic() - self.began
@@ -129,12 +130,26 @@ class _Demo:
         finally:
             asker.close()
 
-    def _until_broker(self, children: Children) -> None:
-        for said in children.events(timeout_s=120.0):
+    def _start_agents(self, children: Children, tomls: dict[str, Path]) -> None:
+        """One after the other, never more than two at work: probes on busy cores measure one another."""
+        ordered = sorted(tomls, key=lambda name: not self.story.devices[name].device.limited)
+        for number, name in enumerate(ordered):
+            children.start(name, [AGENT, "run", "--config", str(tomls[name]), "--once", "--json"])
+            told = self.story.devices[name]
+            self._until(children, lambda told=told: told.probing)
+            if number > 0:
+                before = self.story.devices[ordered[number - 1]]
+                self._until(children, lambda before=before: bool(before.probe))
+
+    def _until(self, children: Children, true: Callable[[], bool]) -> None:
+        """Shows what is said until ``true``. Raises ChildError where that never comes."""
+        if true():
+            return
+        for said in children.events(timeout_s=_LONGEST_START_S):
             self._show(self.story.feed(said))
-            if self.story.broker_url:
+            if true():
                 return
-        raise ChildError("the server ended without a broker")
+        raise ChildError("every process ended before the run began")
 
     def _control(self, config: RunConfig, data: Data) -> Any:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as trainer processes have it

@@ -36,6 +36,10 @@ class Device:
     def id(self) -> str:
         return self.device_class
 
+    @property
+    def limited(self) -> bool:
+        return self.memory_above_rest_mb is not None or self.uplink_kbps is not None
+
     def limits(self, rest_mb: float) -> dict[str, float]:
         """The ``[limits]`` section of its agent.toml."""
         found = {}
@@ -48,8 +52,8 @@ class Device:
 
 DEVICES = (
     Device("jetson-agx-orin-64gb"),
-    Device("jetson-orin-nano-8gb", memory_above_rest_mb=45.0),
-    Device("raspberry-pi-5", uplink_kbps=120.0),
+    Device("jetson-orin-nano-8gb", memory_above_rest_mb=36.0),
+    Device("raspberry-pi-5", uplink_kbps=100.0),
 )
 
 

@@ -17,6 +17,7 @@ class DeviceStory:
     """What one device said. ``rounds``: by number, the fields of its choice, training and receipt."""
 
     device: Device
+    probing: bool = False
     probe: dict[str, Any] = field(default_factory=dict)
     rounds: dict[int, dict[str, Any]] = field(default_factory=dict)
 
@@ -80,6 +81,9 @@ class Story:
 
     def _device(self, device: DeviceStory, event: str, f: Mapping[str, Any]) -> str | None:
         match event:
+            case "trainer.progress":
+                device.probing = device.probing or f["stage"] == "probing"
+                return None
             case "trainer.probed":
                 device.probe = dict(f)
                 return (
