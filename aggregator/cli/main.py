@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from edge_sdk.errors import EdgeError
+from edge_sdk.console import run_commands, show_version, write_config
 
 __all__ = ["app", "main"]
 
@@ -92,39 +91,20 @@ def init(
     json: JsonOption = False,
 ) -> None:
     """Write a commented run.toml."""
-    from aggregator.cli.making import write_config
+    from edge_sdk.config.templates import run_toml
 
-    write_config(path, force=force, as_json=json)
-
-
-def _version(wanted: bool) -> None:
-    if wanted:
-        from edge_sdk import __version__
-
-        typer.echo(__version__)
-        raise typer.Exit
+    write_config(path, run_toml(), name="run.toml", command="edge-aggregator run", force=force, as_json=json)
 
 
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
     """Options of all commands."""
 
 
 def main() -> None:
-    """Runs the command line. An EdgeError is one line and a hint, and its class's exit code."""
-    try:
-        app()
-    except EdgeError as error:
-        typer.echo(f"error: {_one_line(error.message)}", err=True)
-        if error.hint:
-            typer.echo(f"hint: {_one_line(error.hint)}", err=True)
-        sys.exit(error.exit_code)
-
-
-def _one_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return "; ".join(lines).replace(":; ", ": ")
+    """The console script."""
+    run_commands(app)

@@ -11,32 +11,11 @@ import typer
 
 from aggregator.cli.looking import looking
 from aggregator.state.base import VersionRow
-from edge_sdk.config.templates import run_toml
-from edge_sdk.errors import ConfigError, ContainerError, StateError
+from edge_sdk.errors import ContainerError, StateError
 from edge_sdk.protocol.wire import Run
 from edge_sdk.transport.objects import ObjectStore, file_digest
 
-__all__ = ["export_version", "pick_version", "write_config"]
-
-
-def write_config(path: Path, *, force: bool, as_json: bool) -> None:
-    """Raises ConfigError where there is a file already, or it cannot be written."""
-    if path.is_dir():
-        path = path / "run.toml"
-    try:
-        with path.open("w" if force else "x", encoding="utf-8") as file:
-            file.write(run_toml())
-    except FileExistsError:
-        raise ConfigError(f"{path} exists already", "use --force to overwrite it, or name another") from None
-    except OSError as error:
-        raise ConfigError(
-            f"{path} cannot be written: {error.strerror}", "name a folder that exists"
-        ) from None
-    typer.echo(
-        json.dumps({"written": str(path)})
-        if as_json
-        else f"wrote {path}; edit it, then: edge-aggregator run -c {path}"
-    )
+__all__ = ["export_version", "pick_version"]
 
 
 def export_version(config: Path, out: Path, wanted: str | None, *, as_json: bool) -> None:

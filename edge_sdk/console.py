@@ -1,0 +1,61 @@
+"""What both command lines share: how a command ends, and how ``init`` writes a file."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import typer
+
+from edge_sdk.errors import ConfigError, EdgeError
+
+__all__ = ["run_commands", "show_version", "write_config"]
+
+
+def run_commands(app: Callable[[], None]) -> None:
+    """Runs a command line. An EdgeError is one line and a hint, and its class's exit code."""
+    try:
+        app()
+    except EdgeError as error:
+        typer.echo(f"error: {_one_line(error.message)}", err=True)
+        if error.hint:
+            typer.echo(f"hint: {_one_line(error.hint)}", err=True)
+        sys.exit(error.exit_code)
+
+
+def show_version(wanted: bool) -> None:
+    """Callback of ``--version``."""
+    if wanted:
+        from edge_sdk import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def write_config(path: Path, text: str, *, name: str, command: str, force: bool, as_json: bool) -> None:
+    """Writes ``text`` to ``path``, or as ``name`` into a folder, and says how to go on with ``command``.
+
+    Raises ConfigError where there is a file already, or it cannot be written.
+    """
+    if path.is_dir():
+        path = path / name
+    try:
+        with path.open("w" if force else "x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise ConfigError(f"{path} exists already", "use --force to overwrite it, or name another") from None
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be written: {error.strerror}", "name a folder that exists"
+        ) from None
+    told = (
+        json.dumps({"written": str(path)}) if as_json else f"wrote {path}; edit it, then: {command} -c {path}"
+    )
+    typer.echo(told)
+
+
+def _one_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return "; ".join(lines).replace(":; ", ": ")
