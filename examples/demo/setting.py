@@ -53,7 +53,7 @@ class Device:
 DEVICES = (
     Device("jetson-agx-orin-64gb"),
     Device("jetson-orin-nano-8gb", memory_above_rest_mb=36.0),
-    Device("raspberry-pi-5", uplink_kbps=100.0),
+    Device("raspberry-pi-5", uplink_kbps=70.0),
 )
 
 
@@ -70,7 +70,7 @@ def swapped(devices: tuple[Device, ...]) -> tuple[Device, ...]:
 class Shape:
     """Rounds and steps, and what else run.toml says."""
 
-    rounds: int = 5
+    rounds: int = 7
     steps: int = 25
     batch: int = 16
     max_length: int = 32
