@@ -21,6 +21,7 @@ from types import FrameType
 from typing import Annotated, Any
 
 import typer
+from msgspec.structs import replace as replace_fields
 
 from aggregator.evaluation import setup_of
 from aggregator.methods.base import find_method
@@ -28,7 +29,7 @@ from edge_sdk.agent.process_trainer import ProcessTrainer
 from edge_sdk.config.loading import load_run_config
 from edge_sdk.config.run import RunConfig
 from edge_sdk.errors import EdgeError
-from edge_sdk.protocol.trainer import Describe, Described, Setup
+from edge_sdk.protocol.trainer import DataSource, Describe, Described, Setup
 from examples.demo.asking import Asker
 from examples.demo.children import AGENT, AGGREGATOR, ChildError, Children
 from examples.demo.setting import (
@@ -70,7 +71,7 @@ class _Demo:
         config = load_run_config(run_toml)
         with Children(self.out / "logs") as children:
             children.start("server", [AGGREGATOR, "run", "--config", str(run_toml), "--json"])
-            described = self._rest(config)
+            described = self._rest(config, data)
             self.say(f"a resting trainer holds {described.rest_mb:.0f} MB on this machine")
             self._until(children, lambda: bool(self.story.broker_url))
             tomls = {
@@ -121,11 +122,12 @@ class _Demo:
         spec = find_method(config.run.method).spec(config)
         return setup_of(config, spec, str(self.base))
 
-    def _rest(self, config: RunConfig) -> Described:
-        """What a trainer holds at rest here: a memory limit means little without it."""
+    def _rest(self, config: RunConfig, data: Data) -> Described:
+        """What a device's trainer holds at rest here: a memory limit means little without it."""
+        rows = DataSource(path=str(data.devices[self.devices[0].id]))
+        setup = replace_fields(self._setup(config), data=rows, device="cpu", threads=1)
         asker = Asker(ProcessTrainer(self.out / "state" / "rest"))
         try:
-            setup = self._setup(config)
             return asker.ask(lambda id: Describe(id=id, setup=setup), Described)
         finally:
             asker.close()
