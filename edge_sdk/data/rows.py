@@ -1,7 +1,7 @@
 """Reading rows of text and label, one at a time; whatever is wrong is told with the row's number.
 
 A row's number is that of its first line in the file, counted from 1, as an editor shows it. Rows never
-leave the device: a report holds counts.
+leave the device.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
@@ -18,7 +17,7 @@ import msgspec
 from edge_sdk.config.problems import nearest, shown
 from edge_sdk.errors import DataError
 
-__all__ = ["FORMATS", "DataReport", "Row", "RowSource", "check_rows", "read_rows"]
+__all__ = ["FORMATS", "Row", "RowSource", "read_rows"]
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 FORMATS = (".jsonl", ".ndjson", *_DELIMITERS)
@@ -43,14 +42,6 @@ class Row(NamedTuple):
     text: str
     label: str
     number: int
-
-
-@dataclass(frozen=True)
-class DataReport:
-    """What a file holds. ``counts`` has every label of the set, in its order."""
-
-    rows: int
-    counts: dict[str, int]
 
 
 def read_rows(source: RowSource, labels: Sequence[str] | None = None) -> Iterator[Row]:
@@ -87,20 +78,6 @@ def read_rows(source: RowSource, labels: Sequence[str] | None = None) -> Iterato
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
     if not number:
         raise DataError(f"{path}: holds no rows", "one row of text and label is the least")
-
-
-def check_rows(path: str | Path, text: str, label: str, labels: Sequence[str]) -> DataReport:
-    """Reads the whole file and keeps nothing but counts. Raises DataError as ``read_rows``."""
-    counts = dict.fromkeys(labels, 0)
-    for row in read_rows(_Source(str(path), text, label), labels):
-        counts[row.label] += 1
-    return DataReport(sum(counts.values()), counts)
-
-
-class _Source(NamedTuple):
-    path: str
-    text: str
-    label: str
 
 
 def _lines(path: Path, file: BinaryIO) -> Iterator[str]:

@@ -3,7 +3,7 @@
 import pytest
 
 from edge_sdk.config.agent import DataSection
-from edge_sdk.data.rows import Row, check_rows, read_rows
+from edge_sdk.data.rows import Row, read_rows
 from edge_sdk.errors import DataError
 from edge_sdk.protocol.trainer import DataSource
 
@@ -39,12 +39,6 @@ def test_csv(rows):
 def test_columns_and_numbered_labels(rows):
     assert rows('{"t": "a", "y": 1}', labels=("0", "1"), text="t", label="y") == [Row("a", "1", 1)]
     assert rows('{"text": "a", "label": "any"}', labels=None) == [Row("a", "any", 1)]
-
-
-def test_a_report_counts_every_label(tmp_path):
-    (tmp_path / "rows.csv").write_text("text,label\na,mail\nb,mail\n")
-    report = check_rows(tmp_path / "rows.csv", "text", "label", LABELS)
-    assert (report.rows, report.counts) == (2, {"mail": 2, "network": 0})
 
 
 GOOD = '{"text": "a", "label": "mail"}\n'
@@ -107,10 +101,10 @@ def test_files_that_are_none(rows, tmp_path):
     with pytest.raises(DataError, match=r'"\.txt" tells no format'):
         rows("", name="rows.txt")
     with pytest.raises(DataError, match="no such file"):
-        check_rows(tmp_path / "none.csv", "text", "label", LABELS)
+        list(read_rows(DataSection(path=str(tmp_path / "none.csv")), LABELS))
     (tmp_path / "folder.csv").mkdir()
     with pytest.raises(DataError, match="cannot be read"):
-        check_rows(tmp_path / "folder.csv", "text", "label", LABELS)
+        list(read_rows(DataSection(path=str(tmp_path / "folder.csv")), LABELS))
 
 
 def test_many_labels_are_not_all_listed(rows):
