@@ -24,7 +24,10 @@ class Inbound:
 
 @dataclass(frozen=True)
 class Connection:
-    """The connection went up or down. ``error`` is set when it could not be made or was refused."""
+    """The connection went up, with every subscription confirmed, or down.
+
+    ``error`` is set when it could not be made or was refused.
+    """
 
     up: bool
     error: Exception | None = None

@@ -80,6 +80,7 @@ class MqttTransport:
         self._version5_proved = False
         self._serving: Link | None = None
         self._served = False
+        self._early: list[Inbound] | None = []  # what came before the connection was told to be up
         self._patient = False
 
     @property
@@ -204,6 +205,7 @@ class MqttTransport:
         """One connection, until it is lost; None: it was ended by ``stop``."""
         link: Link | None = None
         self._served = False
+        self._early = []
         try:
             if self._version5 and not self._version5_proved and self._will is not None:
                 # A broker without MQTT 5 waits for ever for the end of a CONNECT with a will, which it
@@ -255,15 +257,23 @@ class MqttTransport:
         return link
 
     def _serve(self, link: Link) -> None:
+        patience = min(5.0, self._keepalive / 4)
         with self._lock:
             filters = list(self._filters)
+        link.subscribe(filters)
+        self._served = True
+        while not link.subscribed and not self._stopping.is_set():
+            link.pump(self._wake_read, patience)
+            self._drain_wake()
+        with self._lock:
+            self._queue.extend(_Subscribe(late) for late in self._filters[len(filters) :])
             self._most_payload = link.most_payload
             self._serving = link
             self._connected = True
-        link.subscribe(filters)
-        self._served = True
         self._tell(Connection(up=True))
-        patience = min(5.0, self._keepalive / 4)
+        early, self._early = self._early, None
+        for message in early or ():
+            self._on_message(message.topic, message.payload, message.retained)
         while not self._stopping.is_set():
             self._feed(link)
             link.pump(self._wake_read, patience)
@@ -302,8 +312,13 @@ class MqttTransport:
                     self._waiting -= len(command.payload)
 
     def _on_message(self, topic: str, payload: bytes, retained: bool) -> None:
-        if not self._stopping.is_set():
-            self._deliver(Inbound(topic, payload, retained))
+        if self._stopping.is_set():
+            return
+        message = Inbound(topic, payload, retained)
+        if self._early is None:
+            self._deliver(message)
+        else:
+            self._early.append(message)
 
     def _tell(self, connection: Connection) -> None:
         if self._stopping.is_set():

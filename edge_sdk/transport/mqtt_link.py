@@ -125,6 +125,7 @@ class Link:
         self._qos = 1
         self._socket: Any = None
         self._told_refused: set[int] = set()
+        self._unconfirmed: dict[int, float] = {}
         self._opened = self._acknowledged = 0.0
         self._client = self._make(will)
 
@@ -198,6 +199,11 @@ class Link:
     def unacknowledged(self) -> int:
         return len(self._unacknowledged)
 
+    @property
+    def subscribed(self) -> bool:
+        """Whether the broker has confirmed every subscription asked for."""
+        return not self._unconfirmed
+
     def publish(self, topic: str, payload: bytes, retain: bool) -> None:
         info = self._client.publish(topic, payload, qos=self._qos, retain=retain)
         if info.rc != paho.MQTT_ERR_SUCCESS:
@@ -209,11 +215,12 @@ class Link:
         if not filters:
             return
         if self._version5:
-            code, _ = self._client.subscribe([(f, SubscribeOptions(qos=1)) for f in filters])
+            code, mid = self._client.subscribe([(f, SubscribeOptions(qos=1)) for f in filters])
         else:
-            code, _ = self._client.subscribe([(f, 1) for f in filters])
-        if code != paho.MQTT_ERR_SUCCESS:
+            code, mid = self._client.subscribe([(f, 1) for f in filters])
+        if code != paho.MQTT_ERR_SUCCESS or mid is None:
             raise self._loss()
+        self._unconfirmed[mid] = time.monotonic()
 
     def leave(self, wake: int) -> None:
         """Says goodbye, so that the broker drops the will; waits a second at most."""
@@ -294,8 +301,9 @@ class Link:
                 _log.warning("the broker %s refused a message: %s", self._access.url, reason)
 
     def _on_subscribe(
-        self, _client: object, _data: object, _mid: int, reasons: list[ReasonCode], _props: object
+        self, _client: object, _data: object, mid: int, reasons: list[ReasonCode], _props: object
     ) -> None:
+        self._unconfirmed.pop(mid, None)
         refused = [str(reason) for reason in reasons if reason.is_failure]
         if refused:
             self._error = CredentialsError(
@@ -309,6 +317,8 @@ class Link:
         now = time.monotonic()
         if not self.accepted and now - self._opened > CONNECT_S:
             raise NoAnswerError(f"{self._access.url} took the connection and does not answer")
+        if now - next(iter(self._unconfirmed.values()), now) > CONNECT_S:
+            raise BrokerError(f"the broker {self._access.url} does not answer to a subscription")
         oldest = next(iter(self._unacknowledged.values()), now)
         # From the last one on: on a slow link each waits behind those before it.
         if now - max(oldest, self._acknowledged) > 3 * self._keepalive:
