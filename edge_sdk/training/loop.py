@@ -13,9 +13,9 @@ from torch.nn.functional import cross_entropy
 
 from edge_sdk.errors import TrainerError
 from edge_sdk.protocol.spec import Candidate, TrainSpec
+from edge_sdk.training.activations.store import ActivationStore
 from edge_sdk.training.model import TunableModel
 from edge_sdk.training.optimizer import RoundOptimizer
-from edge_sdk.training.store import ActivationStore
 
 __all__ = ["Batch", "Trace", "accuracy", "train"]
 

@@ -303,8 +303,8 @@ def test_a_missing_package_names_the_extra(bench: Bench, monkeypatch: pytest.Mon
     import sys
 
     monkeypatch.setitem(sys.modules, "edge_sdk.training.resident", None)
-    monkeypatch.setitem(sys.modules, "peft", None)
-    for module in ("edge_sdk.training.resident", "edge_sdk.training.model"):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    for module in ("edge_sdk.training.resident", "edge_sdk.training.model", "edge_sdk.training.model.loading"):
         monkeypatch.delitem(sys.modules, module, raising=False)
     reply = bench.ask(Describe(id=9, setup=bench.setup))
     assert isinstance(reply, Failed) and reply.cause == "extra"

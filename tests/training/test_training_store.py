@@ -13,9 +13,9 @@ torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.train
 
 from edge_sdk.protocol.model import LoraShape  # noqa: E402
-from edge_sdk.training import packing  # noqa: E402
+from edge_sdk.training.activations import packing  # noqa: E402
+from edge_sdk.training.activations.store import ActivationStore, _View  # noqa: E402
 from edge_sdk.training.model import TunableModel, load_model  # noqa: E402
-from edge_sdk.training.store import ActivationStore, _View  # noqa: E402
 from edge_sdk.updates.initial import initial_adapter  # noqa: E402
 
 BATCH, LENGTH = 8, 32

@@ -19,7 +19,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from edge_sdk.training.packing import GROUP, pack, unpack
+from edge_sdk.training.activations.packing import GROUP, pack, unpack
 
 __all__ = ["ActivationStore"]
 

@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from edge_sdk.data.base_files import weight_files
 from edge_sdk.errors import BaseModelError, ContainerError
 from edge_sdk.protocol.model import DensePart, LoraModule, LoraShape, ModelShape
+from edge_sdk.training.model.linear import LoraLinear
+from edge_sdk.training.precision.weights import Dense
 from edge_sdk.updates.keys import Adapter
 
 __all__ = ["TunableModel", "load_model"]
@@ -171,23 +172,12 @@ def load_model(folder: Path, labels: tuple[str, ...], lora: LoraShape, device: A
         parameters=sum(p.numel() for p in net.parameters()),
         base_bytes=sum(p.numel() * p.element_size() for p in net.parameters()),
     )
-    inject_adapter_in_model(
-        LoraConfig(
-            r=lora.rank,
-            lora_alpha=lora.alpha,
-            target_modules=[f"{path}.{i}.{m.name}" for i in range(len(layers)) for m in modules],
-            lora_dropout=0.0,
-            init_lora_weights=True,
-        ),
-        net,
-    )
-    net.to(device)
     parts: dict[str, Any] = {}
     for i, layer in enumerate(layers):
         for m in modules:
-            linear = layer.get_submodule(m.name)
-            parts[f"{i}.{m.name}.A"] = linear.lora_A["default"].weight
-            parts[f"{i}.{m.name}.B"] = linear.lora_B["default"].weight
+            linear = _with_lora(layer, m.name, lora)
+            parts[f"{i}.{m.name}.A"], parts[f"{i}.{m.name}.B"] = linear.A, linear.B
+    net.to(device)
     for name in dense:
         parts[f"dense.{name}"] = net.get_parameter(name)
     model = TunableModel(net, shape, lora, layers, parts, torch.device(device))
@@ -237,6 +227,14 @@ def _lora_modules(layers: Any, lora: LoraShape) -> tuple[LoraModule, ...]:
                 f"lora.targets may name {', '.join(m.name for m in every)}, or be all-linear",
             )
     return chosen
+
+
+def _with_lora(layer: Any, name: str, lora: LoraShape) -> LoraLinear:
+    linear = layer.get_submodule(name)
+    made = LoraLinear(Dense(linear.weight), linear.bias, rank=lora.rank, scaling=lora.scaling)
+    parent, _, last = name.rpartition(".")
+    setattr(layer.get_submodule(parent), last, made)
+    return made
 
 
 def _fresh_names(info: dict[str, Any]) -> set[str]:

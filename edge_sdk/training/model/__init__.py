@@ -1,0 +1,5 @@
+"""The resident model: found by structure, LoRA in its linears, its adapter set and read by part keys."""
+
+from edge_sdk.training.model.loading import TunableModel, load_model
+
+__all__ = ["TunableModel", "load_model"]
