@@ -31,7 +31,10 @@ class Candidate(Record, frozen=True, kw_only=True):
     depth: NotNegative
     quantized_layers: NotNegative = 0
     activation_bits: Positive = 8
+    activation_rounding: Word = "nearest"
     recompute: Word = "none"
+    """What of all tuned layers' activations is made again rather than kept: ``none``, ``outputs``, ``inner``
+    or ``layer`` (see ``edge_sdk.training.activations.plan``)."""
     base_precision: Word = "fp32"
     slots: tuple[NotNegative, ...] | None = None
     """Trainable slots; None: all of them."""
@@ -52,6 +55,7 @@ class Candidate(Record, frozen=True, kw_only=True):
         words = {f"base:{self.base_precision}", f"codec:{self.codec}", f"recompute:{self.recompute}"}
         if self.quantized_layers:
             words.add(f"activation:int{self.activation_bits}")
+            words.add(f"rounding:{self.activation_rounding}")
         if self.slots is not None:
             words.add("slots:subset")
         return frozenset(words)

@@ -30,6 +30,7 @@ MECHANISMS: tuple[str, ...] = (
     "privacy:none",
     "recompute:none",
     "reinit:none",
+    "rounding:nearest",
 )
 
 
