@@ -281,6 +281,7 @@ def test_what_a_candidate_and_a_spec_need_is_spelled_in_words() -> None:
         "codec:int8",
         "recompute:none",
         "slots:subset",
+        "rounding:nearest",
     }
     assert "activation:int8" not in Candidate(id="plain", depth=2).needs()
     needs = TrainSpec(error_feedback=True, privacy="gaussian").needs()
