@@ -60,6 +60,7 @@ def make_run(config: RunConfig, method: Method, shape: ModelShape, fingerprint: 
         micro_batch=config.training.batch,
         lora=_lora(config),
         spec=method.spec(config),
+        levers=method.levers,
         shape=shape,
         fingerprint=fingerprint,
     )

@@ -12,7 +12,7 @@ from aggregator.merging.base import MergeRule
 from aggregator.planner.allocation import Allocation
 from edge_sdk.config.run import RunConfig
 from edge_sdk.errors import ConfigError, EdgeError, MechanismError
-from edge_sdk.protocol.spec import TrainSpec
+from edge_sdk.protocol.spec import Levers, TrainSpec
 
 __all__ = ["BUILT_IN", "GROUP", "Method", "find_method", "method_names"]
 
@@ -36,20 +36,19 @@ class Method:
         name: what ``run.method`` calls it; told in status and summaries.
         allocation: which device trains how deep, with how many quantized layers.
         merge: how updates become the next version.
-        activation_bits: of quantized activation stores.
+        levers: how tuned layers save memory; devices probe with the same.
         codec: how updates travel.
         error_feedback: devices keep what the codec lost and add it to their next update.
-        recompute, base_precision: the same for all candidates.
+        base_precision: the same for all candidates.
         objective, factors, error_adapter, phases, reinit, fold, privacy, attention: see ``TrainSpec``.
     """
 
     name: str
     allocation: Allocation
     merge: MergeRule
-    activation_bits: int = 8
+    levers: Levers = field(default_factory=Levers)
     codec: str = "int8"
     error_feedback: bool = False
-    recompute: str = "none"
     base_precision: str = "fp32"
     objective: str = "cross_entropy"
     factors: str = "AB"

@@ -7,6 +7,7 @@ layers are the paper's, the greedy sweep, the int8 updates and the per-layer mea
 from aggregator.merging.layer_mean import LayerMean
 from aggregator.methods.base import Method
 from aggregator.planner.allocation import GreedyDepth
+from edge_sdk.protocol.spec import Levers
 
 __all__ = ["METHOD"]
 
@@ -14,7 +15,7 @@ METHOD = Method(
     name="fedquad",
     allocation=GreedyDepth(),
     merge=LayerMean(),
-    activation_bits=8,
+    levers=Levers(activation_bits=8, recompute="none"),
     codec="int8",
     error_feedback=True,
     summary="depth by pace, int8 activations where memory asks for them, int8 updates with error feedback",

@@ -10,6 +10,7 @@ from edge_sdk.planning.choice import fits_memory, predictable
 from edge_sdk.planning.cost import peak_mb, round_time, update_bytes, version_bytes
 from edge_sdk.protocol.measure import Fit
 from edge_sdk.protocol.model import LoraShape, ModelShape
+from edge_sdk.protocol.spec import Levers
 from edge_sdk.protocol.wire import Run, Status
 
 __all__ = ["DeviceCosts", "Pair", "Situation", "Work", "device_costs", "frontier", "layer_gains"]
@@ -28,12 +29,12 @@ class Work:
     micro_batch: int
     max_length: int
     steps: int
-    activation_bits: int
+    levers: Levers
     codec: str
 
     @classmethod
-    def of(cls, run: Run, *, steps: int, activation_bits: int, codec: str) -> Work:
-        return cls(run.shape, run.lora, run.micro_batch, run.max_length, steps, activation_bits, codec)
+    def of(cls, run: Run, *, steps: int, levers: Levers, codec: str) -> Work:
+        return cls(run.shape, run.lora, run.micro_batch, run.max_length, steps, levers, codec)
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class DeviceCosts:
             quantized,
             micro_batch=self.work.micro_batch,
             max_length=self.work.max_length,
-            activation_bits=self.work.activation_bits,
+            levers=self.work.levers,
         )
 
     def fits(self, depth: int, quantized: int) -> bool:
@@ -130,7 +131,7 @@ def device_costs(status: Status, work: Work) -> DeviceCosts:
         budget_mb=status.memory.budget_mb,
         up_bps=status.link.up_bps,
         down_bps=status.link.down_bps,
-        may_quantize=f"activation:int{work.activation_bits}" in status.mechanisms,
+        may_quantize=f"activation:int{work.levers.activation_bits}" in status.mechanisms,
         work=work,
     )
 

@@ -63,9 +63,7 @@ def plan_round(
         utilities: of each layer, from the input up; None: uniform. See ``costs.layer_gains``.
         previous: depth recommended to each device in the round before, for hysteresis.
     """
-    work = Work.of(
-        run, steps=config.training.steps, activation_bits=method.activation_bits, codec=method.codec
-    )
+    work = Work.of(run, steps=config.training.steps, levers=method.levers, codec=method.codec)
     fleet, excluded = [], {}
     for status in sorted(statuses, key=lambda s: s.device):
         try:
@@ -76,7 +74,7 @@ def plan_round(
     situation = Situation(
         layers=run.shape.layers,
         gains=layer_gains(run.shape.layers, utilities),
-        activation_bits=method.activation_bits,
+        activation_bits=method.levers.activation_bits,
         round=round,
         target_s=None if fixed is None else fixed / SLACK,
         previous=previous or {},

@@ -109,7 +109,11 @@ class Joining:
             if self.described is None:
                 self._ask_describe(run)
             else:
-                desk.ask("probe", lambda id: Probe(id=id, setup=self._setup(run)), self._on_reply)
+                desk.ask(
+                    "probe",
+                    lambda id: Probe(id=id, setup=self._setup(run), levers=run.levers),
+                    self._on_reply,
+                )
 
     def _find_base(self) -> Path | None:
         if self._found is not None:
@@ -247,8 +251,8 @@ def _knowledge_key(context: Context, run: Run, fingerprint: Fingerprint | None) 
             f"the data file {data} cannot be read: {error.strerror}", "check data.path"
         ) from error
     facts = [
-        fingerprint, run.spec, run.micro_batch, run.labels, run.template, config.data, config.trainer,
-        config.limits.memory_mb, profile.machine, profile.processor, profile.cores, profile.accelerators,
+        fingerprint, run.spec, run.levers, run.micro_batch, run.labels, run.template,
+        config.data, config.trainer, config.limits.memory_mb, profile.machine, profile.processor, profile.cores, profile.accelerators,
         stat.st_size, stat.st_mtime_ns, _version("edge-sdk"), _version("torch"),
     ]  # fmt: skip
     return hashlib.sha256(msgspec.json.encode(facts, order="deterministic")).hexdigest()

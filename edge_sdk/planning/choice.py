@@ -15,7 +15,7 @@ import msgspec
 from edge_sdk.planning.cost import RoundTime, peak_mb, round_time, update_bytes
 from edge_sdk.protocol.measure import Budget, Fit
 from edge_sdk.protocol.model import LoraShape, ModelShape
-from edge_sdk.protocol.spec import Candidate
+from edge_sdk.protocol.spec import Candidate, Levers
 
 __all__ = [
     "MEMORY_SAFETY",
@@ -102,16 +102,16 @@ def fits_memory(peak: float, budget_mb: float) -> bool:
 
 
 def predictable(
-    fit: Fit, depth: int, quantized: int, *, micro_batch: int, max_length: int, activation_bits: int
+    fit: Fit, depth: int, quantized: int, *, micro_batch: int, max_length: int, levers: Levers
 ) -> bool:
-    """Whether the fit's probes say anything about a setting.
+    """Whether the fit's probes say anything about a setting: they were made with the same levers.
 
     Plain layers need a plain probe, quantized layers a quantized one of the same bits, a mix of both needs
     both: a fit made of quantized probes alone cannot tell what a plain layer costs, nor the other way round.
     """
     if (fit.micro_batch, fit.max_length) != (micro_batch, max_length):
         return False
-    if quantized and fit.activation_bits != activation_bits:
+    if fit.levers.recompute != levers.recompute or (quantized and fit.levers != levers):
         return False
     plain = any(p.quantized_layers == 0 for p in fit.probes)
     packed = any(p.quantized_layers > 0 for p in fit.probes)
@@ -217,7 +217,7 @@ def _options(
             candidate.quantized_layers,
             micro_batch=candidate.micro_batch,
             max_length=candidate.max_length,
-            activation_bits=candidate.activation_bits,
+            levers=candidate.levers,
         ):
             continue
         own, time = predict(

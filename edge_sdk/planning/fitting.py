@@ -14,6 +14,7 @@ from itertools import combinations
 
 from edge_sdk.errors import TrainerError
 from edge_sdk.protocol.measure import Fit, ProbePoint
+from edge_sdk.protocol.spec import Levers
 
 __all__ = ["fit_cost", "non_negative_least_squares"]
 
@@ -23,7 +24,7 @@ def fit_cost(
     *,
     micro_batch: int,
     max_length: int,
-    activation_bits: int = 8,
+    levers: Levers | None = None,
     rest_mb: float,
     threads: int = 0,
     machine: str = "",
@@ -59,7 +60,7 @@ def fit_cost(
     return Fit(
         micro_batch=micro_batch,
         max_length=max_length,
-        activation_bits=activation_bits,
+        levers=levers or Levers(),
         rest_mb=rest_mb,
         head_mb=head,
         layer_mb=kept + saved,

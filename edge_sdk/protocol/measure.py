@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from edge_sdk.protocol.base import NotNegative, Positive, Record, Text
+from edge_sdk.protocol.spec import Levers
 
 __all__ = ["Budget", "Fit", "Link", "Measured", "Memory", "ProbePoint", "Profile"]
 
@@ -57,7 +58,7 @@ class Fit(Record, frozen=True, kw_only=True):
 
     micro_batch: Positive
     max_length: Positive
-    activation_bits: int = 8
+    levers: Levers = Levers()
     rest_mb: Figure
     head_mb: Figure
     layer_mb: Figure

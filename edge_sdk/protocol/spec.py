@@ -13,10 +13,23 @@ import msgspec
 
 from edge_sdk.protocol.base import Fraction, Name, NotNegative, Positive, Record
 
-__all__ = ["Candidate", "TrainSpec", "Word"]
+__all__ = ["Candidate", "Levers", "TrainSpec", "Word"]
 
 Word = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_.-]{1,32}\Z")]
 """Name of one implementation of a mechanism."""
+
+
+class Levers(Record, frozen=True, kw_only=True):
+    """How tuned layers save memory. A cost fit holds for the levers that it was measured with.
+
+    ``activation_bits`` and ``activation_rounding`` (``nearest``, ``stochastic``): of quantized layers.
+    ``recompute``: what of all tuned layers' activations is made again rather than kept: ``none``,
+    ``outputs``, ``inner`` or ``layer`` (see ``edge_sdk.training.activations.plan``).
+    """
+
+    activation_bits: Positive = 8
+    activation_rounding: Word = "nearest"
+    recompute: Word = "none"
 
 
 class Candidate(Record, frozen=True, kw_only=True):
@@ -33,8 +46,6 @@ class Candidate(Record, frozen=True, kw_only=True):
     activation_bits: Positive = 8
     activation_rounding: Word = "nearest"
     recompute: Word = "none"
-    """What of all tuned layers' activations is made again rather than kept: ``none``, ``outputs``, ``inner``
-    or ``layer`` (see ``edge_sdk.training.activations.plan``)."""
     base_precision: Word = "fp32"
     slots: tuple[NotNegative, ...] | None = None
     """Trainable slots; None: all of them."""
@@ -49,6 +60,14 @@ class Candidate(Record, frozen=True, kw_only=True):
     bytes_down: NotNegative = 0
     gain: float = 0.0
     recommended: bool = False
+
+    @property
+    def levers(self) -> Levers:
+        return Levers(
+            activation_bits=self.activation_bits,
+            activation_rounding=self.activation_rounding,
+            recompute=self.recompute,
+        )
 
     def needs(self) -> frozenset[str]:
         """The mechanisms that a device must have to take this candidate."""

@@ -15,7 +15,7 @@ from edge_sdk.errors import ProtocolError
 from edge_sdk.protocol.base import Digest, Name, NotNegative, Positive, Record, Text
 from edge_sdk.protocol.measure import Fit, Measured
 from edge_sdk.protocol.model import Fingerprint, LoraShape, ModelShape
-from edge_sdk.protocol.spec import Candidate, TrainSpec
+from edge_sdk.protocol.spec import Candidate, Levers, TrainSpec
 
 __all__ = [
     "DataSource",
@@ -83,6 +83,7 @@ class Probe(Record, frozen=True, kw_only=True, tag="probe"):
 
     id: NotNegative
     setup: Setup
+    levers: Levers = Levers()
 
 
 class Train(Record, frozen=True, kw_only=True, tag="train"):

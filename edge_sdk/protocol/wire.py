@@ -24,7 +24,7 @@ from edge_sdk.protocol.base import (
 )
 from edge_sdk.protocol.measure import Budget, Fit, Link, Measured, Memory, Profile
 from edge_sdk.protocol.model import Fingerprint, LoraShape, ModelShape
-from edge_sdk.protocol.spec import Candidate, TrainSpec
+from edge_sdk.protocol.spec import Candidate, Levers, TrainSpec
 
 __all__ = [
     "AggregatorState",
@@ -80,6 +80,8 @@ class Run(Record, frozen=True, kw_only=True, tag="run"):
     lora: LoraShape
     spec: TrainSpec
     """What devices probe with; an offer brings the one of its round."""
+    levers: Levers = Levers()
+    """Likewise."""
     shape: ModelShape
     fingerprint: Fingerprint
 

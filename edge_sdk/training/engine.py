@@ -181,7 +181,7 @@ class Engine:
         def report(done: int, total: int) -> None:
             self._progress(request.id, "probing", done, total)
 
-        return Probed(id=request.id, fit=probe(resident, request.setup, self._check, report))
+        return Probed(id=request.id, fit=probe(resident, request.setup, request.levers, self._check, report))
 
     def _train(self, request: Train) -> Trained:
         refuse_missing(request.spec, request.candidate)

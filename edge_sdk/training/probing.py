@@ -15,7 +15,7 @@ from edge_sdk.planning.cost import peak_mb
 from edge_sdk.planning.fitting import fit_cost
 from edge_sdk.protocol.measure import Fit, ProbePoint
 from edge_sdk.protocol.model import ModelShape
-from edge_sdk.protocol.spec import Candidate
+from edge_sdk.protocol.spec import Candidate, Levers
 from edge_sdk.protocol.trainer import Setup
 from edge_sdk.training.failures import MemoryLimitError
 from edge_sdk.training.loop import train
@@ -34,7 +34,11 @@ _MARGIN = 0.9
 
 
 def probe(
-    resident: Resident, setup: Setup, check: Callable[[], None], report: Callable[[int, int], None]
+    resident: Resident,
+    setup: Setup,
+    levers: Levers,
+    check: Callable[[], None],
+    report: Callable[[int, int], None],
 ) -> Fit:
     """Measures and fits. Raises MemoryLimitError where not even one layer fits the limit."""
     before = resident.model.adapter()
@@ -47,14 +51,15 @@ def probe(
             if setting is None:
                 continue
             report(stage, MAX_SETTINGS + 1)
-            point = _measure(resident, setup, *setting, check)
+            point = _measure(resident, setup, levers, *setting, check)
             if point is None:
                 break
             points.append(point)
         # Once more, the other way round: what else the machine did meanwhile passes for nobody's cost.
         for index in reversed(range(len(points))):
             report(MAX_SETTINGS, MAX_SETTINGS + 1)
-            again = _measure(resident, setup, points[index].depth, points[index].quantized_layers, check)
+            setting = (points[index].depth, points[index].quantized_layers)
+            again = _measure(resident, setup, levers, *setting, check)
             if again is not None and again.step_s < points[index].step_s:
                 points[index] = replace(points[index], step_s=again.step_s)
     finally:
@@ -65,15 +70,15 @@ def probe(
             "raise limits.memory_mb, or lower training.batch or training.max_length in run.toml",
         )
     report(MAX_SETTINGS + 1, MAX_SETTINGS + 1)
-    return _fit(points, setup, resident)
+    return _fit(points, setup, levers, resident)
 
 
-def _fit(points: list[ProbePoint], setup: Setup, resident: Resident) -> Fit:
+def _fit(points: list[ProbePoint], setup: Setup, levers: Levers, resident: Resident) -> Fit:
     return fit_cost(
         points,
         micro_batch=setup.micro_batch,
         max_length=setup.max_length,
-        activation_bits=8,
+        levers=levers,
         rest_mb=resident.rest_mb,
         threads=resident.threads(setup),
         machine=resident.machine(setup),
@@ -138,12 +143,19 @@ def _fits(setting: tuple[int, int], points: list[ProbePoint], growth: float | No
 
 
 def _measure(
-    resident: Resident, setup: Setup, depth: int, quantized: int, check: Callable[[], None]
+    resident: Resident,
+    setup: Setup,
+    levers: Levers,
+    depth: int,
+    quantized: int,
+    check: Callable[[], None],
 ) -> ProbePoint | None:
     """One setting; None where it ran out of memory after all."""
     candidate = Candidate(
         id="probe", depth=depth, quantized_layers=quantized, steps=_STEPS,
         micro_batch=setup.micro_batch, max_length=setup.max_length,
+        activation_bits=levers.activation_bits, activation_rounding=levers.activation_rounding,
+        recompute=levers.recompute,
     )  # fmt: skip
     meter = Meter(resident.device)
 

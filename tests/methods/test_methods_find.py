@@ -67,7 +67,7 @@ def test_the_built_in_methods_name_their_mechanisms() -> None:
     assert isinstance(fedavg.allocation, FullDepth)
     assert isinstance(fedquad.allocation, GreedyDepth)
     assert (fedavg.codec, fedavg.error_feedback) == ("fp32", False)
-    assert (fedquad.codec, fedquad.error_feedback, fedquad.activation_bits) == ("int8", True, 8)
+    assert (fedquad.codec, fedquad.error_feedback, fedquad.levers.activation_bits) == ("int8", True, 8)
     assert fedavg.merge.name == fedquad.merge.name == "layer-mean"
     assert method_names() == ("fedavg", "fedquad")
 

@@ -6,7 +6,7 @@ from planning_cases import LORA, candidate, encoder, fit
 from edge_sdk.planning.choice import Budgets, Chosen, Infeasible, choose, fits_memory, predictable, step_down
 from edge_sdk.planning.cost import update_bytes
 from edge_sdk.protocol.measure import Fit
-from edge_sdk.protocol.spec import Candidate
+from edge_sdk.protocol.spec import Candidate, Levers
 
 SHAPE = encoder()
 OFFER = [candidate(d, a) for d in (1, 3, 4, 6) for a in (0, d)]
@@ -160,14 +160,16 @@ def test_a_fit_of_another_batch_says_nothing() -> None:
 
 
 def test_a_mix_needs_both_kinds_of_probes() -> None:
-    def knows(model: Fit, depth: int, quantized: int, bits: int = 8) -> bool:
-        return predictable(model, depth, quantized, micro_batch=16, max_length=32, activation_bits=bits)
+    def knows(model: Fit, depth: int, quantized: int, bits: int = 8, recompute: str = "none") -> bool:
+        levers = Levers(activation_bits=bits, recompute=recompute)
+        return predictable(model, depth, quantized, micro_batch=16, max_length=32, levers=levers)
 
     assert knows(fit(), 6, 3)
     assert not knows(fit((1, 0), (6, 0)), 6, 3)
     assert not knows(fit((1, 1), (6, 6)), 6, 3)
     assert not knows(fit(), 6, 3, bits=4)
     assert knows(fit(), 6, 0, bits=4)
+    assert not knows(fit(), 6, 0, recompute="outputs")
 
 
 def test_after_out_of_memory_the_next_smaller_one() -> None:
