@@ -252,7 +252,8 @@ def _knowledge_key(context: Context, run: Run, fingerprint: Fingerprint | None) 
         ) from error
     facts = [
         fingerprint, run.spec, run.levers, run.micro_batch, run.labels, run.template,
-        config.data, config.trainer, config.limits.memory_mb, profile.machine, profile.processor, profile.cores, profile.accelerators,
+        config.data, config.trainer, config.limits.memory_mb,
+        profile.machine, profile.processor, profile.cores, profile.accelerators,
         stat.st_size, stat.st_mtime_ns, _version("edge-sdk"), _version("torch"),
     ]  # fmt: skip
     return hashlib.sha256(msgspec.json.encode(facts, order="deterministic")).hexdigest()
