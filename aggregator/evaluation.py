@@ -20,7 +20,6 @@ from edge_sdk.errors import (
 from edge_sdk.protocol.model import LoraShape
 from edge_sdk.protocol.spec import TrainSpec
 from edge_sdk.protocol.trainer import (
-    DataSource,
     Describe,
     Described,
     Died,
@@ -61,20 +60,18 @@ def failure(reply: Failed | Died) -> EdgeError:
 def setup_of(config: RunConfig, spec: TrainSpec, base: str) -> Setup:
     """What the server's trainer holds. ``base``: a local folder, or what the config names."""
     section = config.evaluation
-    data = None
-    if section is not None:
-        data = DataSource(path=section.data.path, text=section.data.text, label=section.data.label)
     return Setup(
         base=base,
+        task=config.run.task,
         labels=config.run.labels,
-        template=config.run.template,
+        template=config.run.row_template,
         max_length=config.training.max_length,
         micro_batch=config.training.batch,
         lora=LoraShape(rank=config.lora.rank, alpha=config.lora.alpha, targets=config.lora.targets),
         spec=spec,
         device=config.trainer.device,
         threads=config.trainer.threads,
-        data=data,
+        data=None if section is None else section.data.source(),
     )
 
 
@@ -112,7 +109,7 @@ class Evaluator:
     def evaluate(
         self, setup: Setup, versions: Sequence[Path], done: Callable[[Evaluated | Failed | Died], None]
     ) -> None:
-        """Accuracy and loss of the version that the chain of files leads to."""
+        """How well the version does that the chain of files leads to."""
         paths = tuple(str(path) for path in versions)
         self._ask(lambda id: Evaluate(id=id, setup=setup, versions=paths), done, _SILENCE_S)
 

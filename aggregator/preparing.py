@@ -19,7 +19,7 @@ from edge_sdk.protocol.wire import Run
 
 __all__ = ["check_same", "make_run", "mathematics", "run_fingerprint"]
 
-_RUN_KEYS = ("method", "task", "labels", "template", "seed")
+_RUN_KEYS = ("method", "task", "labels", "seed")
 
 
 def mathematics(config: RunConfig) -> dict[str, Any]:
@@ -27,6 +27,7 @@ def mathematics(config: RunConfig) -> dict[str, Any]:
     where it lies may change, what it is may not, and the fingerprint tells."""
     sections = {"lora": config.lora, "training": config.training}
     values = {f"run.{key}": getattr(config.run, key) for key in _RUN_KEYS}
+    values["run.template"] = config.run.row_template
     for name, section in sections.items():
         values |= {f"{name}.{key}": value for key, value in msgspec.structs.asdict(section).items()}
     # By way of JSON, as it is compared with what was stored.
@@ -41,7 +42,7 @@ def run_fingerprint(config: RunConfig, base: Path, cache: Path) -> Fingerprint:
         labels=config.run.labels,
         task=config.run.task,
         max_length=config.training.max_length,
-        template=config.run.template,
+        template=config.run.row_template,
         lora=_lora(config),
         cache=cache,
     )
@@ -55,7 +56,7 @@ def make_run(config: RunConfig, method: Method, shape: ModelShape, fingerprint: 
         task=config.run.task,
         base=config.base.path,
         labels=config.run.labels,
-        template=config.run.template,
+        template=config.run.row_template,
         max_length=config.training.max_length,
         micro_batch=config.training.batch,
         lora=_lora(config),

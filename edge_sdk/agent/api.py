@@ -22,7 +22,7 @@ from edge_sdk.agent.reporting import folder_status
 from edge_sdk.clock import Clock, SystemClock, boot_id
 from edge_sdk.config.agent import AgentConfig
 from edge_sdk.data import base_files as real_base_files
-from edge_sdk.data.rows import read_rows
+from edge_sdk.data.rows import check_rows
 from edge_sdk.device import machine as real_machine
 from edge_sdk.errors import StateError, TrainerError
 from edge_sdk.events import Event, EventBus
@@ -120,8 +120,7 @@ class Agent:
 
     def _check_files(self) -> None:
         """What can be told before there is a run: every row reads, and the base is there."""
-        for _row in read_rows(self.config.data):
-            pass
+        check_rows(self.config.data)
         if self._trainer is None and Path(self.config.base.path).is_absolute():
             real_base_files.find_base(self.config.base.path)
 

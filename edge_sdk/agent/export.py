@@ -45,6 +45,7 @@ def ask_export(context: Context, joining: Joining, result: Future[Path]) -> None
         return Export(
             id=id,
             base=context.config.base.path,
+            task=run.task,
             labels=run.labels,
             lora=run.lora,
             shape=run.shape,

@@ -24,10 +24,9 @@ from edge_sdk.errors import (
 )
 from edge_sdk.protocol.base import PROTOCOL
 from edge_sdk.protocol.measure import Fit
-from edge_sdk.protocol.model import Fingerprint
+from edge_sdk.protocol.model import TASKS, Fingerprint
 from edge_sdk.protocol.spec import TrainSpec
 from edge_sdk.protocol.trainer import (
-    DataSource,
     Describe,
     Described,
     Died,
@@ -82,6 +81,11 @@ class Joining:
         if run.protocol != PROTOCOL:
             raise ProtocolError(
                 f"the aggregator speaks protocol {run.protocol}, this agent {PROTOCOL}",
+                "install the version of edge-sdk that the aggregator runs",
+            )
+        if run.task not in TASKS:
+            raise MechanismError(
+                f"the task of run {run.run!r} is {run.task!r}; this agent knows {', '.join(TASKS)}",
                 "install the version of edge-sdk that the aggregator runs",
             )
         if self._context.desk.task in ("describe", "probe"):
@@ -181,8 +185,9 @@ class Joining:
                 self.described = reply
                 self._found = Path(reply.base)
                 context.emit(
-                    "trainer.described", samples=reply.samples, rest_mb=reply.rest_mb, device=reply.device
-                )
+                    "trainer.described", samples=reply.samples, dropped=reply.dropped,
+                    rest_mb=reply.rest_mb, device=reply.device,
+                )  # fmt: skip
                 self._learn()
             case Probed():
                 self.fit = reply.fit
@@ -213,6 +218,7 @@ def setup_for(context: Context, run: Run, spec: TrainSpec) -> Setup:
     config = context.config
     return Setup(
         base=config.base.path,
+        task=run.task,
         labels=run.labels,
         template=run.template,
         max_length=run.max_length,
@@ -222,7 +228,7 @@ def setup_for(context: Context, run: Run, spec: TrainSpec) -> Setup:
         device=config.trainer.device,
         threads=config.trainer.threads,
         memory_mb=config.limits.memory_mb,
-        data=DataSource(path=config.data.path, text=config.data.text, label=config.data.label),
+        data=config.data.source(),
     )
 
 

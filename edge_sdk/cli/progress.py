@@ -51,7 +51,8 @@ def _line(event: Event) -> str:
         case "run.joined":
             return f"run {f['run']}: base and task agree"
         case "trainer.described":
-            return f"{f['samples']} rows, trainer on {f['device']} holds {f['rest_mb']:.0f} MB at rest"
+            short = f" ({f['dropped']} left out: nothing to learn within max_length)" if f["dropped"] else ""
+            return f"{f['samples']} rows{short}, trainer on {f['device']} holds {f['rest_mb']:.0f} MB at rest"
         case "trainer.probed":
             return (
                 f"probed {f['probes']} settings: {f['layer_mb']:.1f} MB a layer, "

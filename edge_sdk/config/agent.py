@@ -9,6 +9,7 @@ import msgspec
 from edge_sdk.config.broker import BrokerConfig
 from edge_sdk.config.kinds import BasePath, FilePath, FolderPath
 from edge_sdk.protocol.base import Name, NotNegative, Record, Text
+from edge_sdk.protocol.trainer import DataSource
 
 __all__ = ["AgentConfig", "AgentSection", "BaseSection", "DataSection", "LimitsSection", "TrainerSection"]
 
@@ -31,9 +32,16 @@ class BaseSection(Record, frozen=True, kw_only=True):
 
 class DataSection(Record, frozen=True, kw_only=True):
     path: FilePath
-    """JSONL or CSV, told by its suffix; UTF-8."""
+    """JSONL, CSV (both UTF-8) or Parquet, told by its suffix."""
     text: Text = "text"
     label: Text = "label"
+    prompt: Text = "prompt"
+    response: Text = "response"
+    messages: Text = "messages"
+
+    def source(self) -> DataSource:
+        """As a trainer is told of it."""
+        return DataSource(**msgspec.structs.asdict(self))
 
 
 class TrainerSection(Record, frozen=True, kw_only=True):

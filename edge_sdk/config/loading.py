@@ -5,6 +5,7 @@ What a single value shows is checked against the schema; here stand the rules th
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import TypeVar
@@ -15,7 +16,14 @@ from edge_sdk.config.agent import AgentConfig, AgentSection, DataSection
 from edge_sdk.config.broker import BrokerConfig, check_broker, is_embedded
 from edge_sdk.config.checking import Rules, Schema, check, read_toml
 from edge_sdk.config.problems import Problem, shown
-from edge_sdk.config.run import EvaluationSection, LoraSection, RunConfig, RunSection
+from edge_sdk.config.run import (
+    MAX_LABELS,
+    TEMPLATES,
+    EvaluationSection,
+    LoraSection,
+    RunConfig,
+    RunSection,
+)
 from edge_sdk.data.rows import FORMATS
 from edge_sdk.device.classes import device_class
 from edge_sdk.errors import ConfigError
@@ -75,22 +83,48 @@ def _check_data(data: DataSection, key: str = "data") -> list[Problem]:
     if suffix not in FORMATS:
         what = f'received a file with the suffix "{suffix}"'
         problems.append(Problem(f"{key}.path", what, f"rows are read from {', '.join(FORMATS)}"))
-    if data.text == data.label:
-        problems.append(Problem(f"{key}.label", f'is "{data.label}", as {key}.text is', "name two columns"))
+    for one, other in (("text", "label"), ("prompt", "response")):
+        if getattr(data, one) == getattr(data, other):
+            what = f'is "{getattr(data, other)}", as {key}.{one} is'
+            problems.append(Problem(f"{key}.{other}", what, "name two columns"))
     return problems
 
 
 def _check_run(run: RunSection) -> list[Problem]:
+    classifies = run.task == "classification"
+    return [*(_check_labels(run) if classifies else _no_labels(run)), *_check_template(run)]
+
+
+def _check_labels(run: RunSection) -> list[Problem]:
     problems = []
+    if len(run.labels) < 2:
+        got = f"received a list of {len(run.labels)}" if run.labels else "is missing"
+        allowed = f"allowed: a list of 2 to {MAX_LABELS} values"
+        problems.append(Problem("run.labels", f"{got}; {allowed}", 'or set run.task = "causal-lm"'))
     twice = [label for label, count in Counter(run.labels).items() if count > 1]
     if twice:
         problems.append(Problem("run.labels", f"holds {', '.join(map(shown, twice))} more than once"))
     if "" in run.labels:
         problems.append(Problem("run.labels", "holds an empty label"))
-    if "{text}" not in run.template:
-        what = f"received {shown(run.template)}; allowed: text that holds {{text}}"
-        problems.append(Problem("run.template", what, "{text} is where the row's text goes"))
     return problems
+
+
+def _no_labels(run: RunSection) -> list[Problem]:
+    if not run.labels:
+        return []
+    what = f'received a list of {len(run.labels)}, but run.task is "{run.task}", which has no labels'
+    return [Problem("run.labels", what, 'take the key out, or set run.task = "classification"')]
+
+
+def _check_template(run: RunSection) -> list[Problem]:
+    """Every place of the task's own template, once and in this order."""
+    wanted = re.findall(r"{\w+}", TEMPLATES[run.task])
+    places = re.findall("|".join(map(re.escape, wanted)), run.row_template)
+    if places == wanted or (wanted == ["{text}"] and places):
+        return []
+    order = ", then ".join(wanted)
+    what = f"received {shown(run.row_template)}; allowed for {run.task}: text that holds {order}"
+    return [Problem("run.template", what, f"{order} is where the row's columns go")]
 
 
 def _check_lora(lora: LoraSection) -> list[Problem]:

@@ -12,6 +12,8 @@ from edge_sdk.config.kinds import FolderPath
 from edge_sdk.protocol.base import Name, NotNegative, Positive, Record, Text
 
 __all__ = [
+    "MAX_LABELS",
+    "TEMPLATES",
     "EvaluationSection",
     "LoraSection",
     "RoundsSection",
@@ -21,6 +23,8 @@ __all__ = [
     "TransferSection",
 ]
 
+MAX_LABELS = 4096
+TEMPLATES = {"classification": "{text}", "causal-lm": "{prompt}\n{response}"}
 Rate = Annotated[float, msgspec.Meta(gt=0, le=10)]
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
 
@@ -29,12 +33,21 @@ class RunSection(Record, frozen=True, kw_only=True):
     name: Name
     method: Text = "fedquad"
     """``fedquad``, ``fedavg``, an entry point of group ``edge_sdk.methods``, or ``package.module:name``."""
-    task: Literal["classification"] = "classification"
-    labels: Annotated[tuple[Text, ...], msgspec.Meta(min_length=2, max_length=4096)]
-    template: Text = "{text}"
-    """How a row becomes the model's input; ``{text}`` is the text column."""
+    task: Literal["classification", "causal-lm"] = "classification"
+    labels: Annotated[tuple[Text, ...], msgspec.Meta(max_length=MAX_LABELS)] = ()
+    """Of classification, two at least; a causal LM has none."""
+    template: Text | None = None
+    """How a row becomes the model's input. None: as ``TEMPLATES`` has it for the task.
+
+    Classification: ``{text}`` is the text column. Causal LM: ``{prompt}`` and then ``{response}``, from which
+    on the text is learnt; rows of text alone, and chats, have no use for it.
+    """
     seed: int = 0
     state_dir: FolderPath = "state"
+
+    @property
+    def row_template(self) -> str:
+        return TEMPLATES[self.task] if self.template is None else self.template
 
 
 class LoraSection(Record, frozen=True, kw_only=True):

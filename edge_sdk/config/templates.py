@@ -77,10 +77,13 @@ url = <URL>
 path = <BASE>
 
 [data]
-# .jsonl or .csv; read on this device alone, and checked at every start
+# .jsonl, .csv or .parquet (the extra "parquet"); read on this device alone, and checked at every start
 path = <DATA>
 # text = "text"            # the column with the text
-# label = "label"          # the column with the label, one of run.labels
+# label = "label"          # classification: the column with the label, one of run.labels
+# prompt = "prompt"        # causal-lm: prompt and response, where the file has both; only the response is
+# response = "response"    # learnt. A file with neither of these nor messages: text, all of it
+# messages = "messages"    # causal-lm: chats, lists of {role, content}; the assistant's turns are learnt
 
 [trainer]
 # device = "auto"          # auto, cpu, cuda, cuda:1; auto takes CUDA where it works
@@ -102,12 +105,13 @@ _RUN = (
 [run]
 # letters, digits, _ and -
 name = <NAME>
-# every label of the data, in the order of the head's outputs
+# every label of the data, in the order of the head's outputs; a causal LM has none: take the line out
 labels = <LABELS>
 # method = "fedquad"       # fedquad: each device gets what fits it; fedavg: all layers on every device, in
 #                          # fp32: the most memory and traffic; or your own, "package.module:name"
-# task = "classification"
-# template = "{text}"      # how a row becomes the model's input
+# task = "classification"  # or "causal-lm": the model goes on writing text; its head stays as it is
+# template = "{text}"      # how a row becomes the model's input; causal-lm: "{prompt}\\n{response}", or what
+#                          # else stands around the two; texts without a prompt, and chats, do without it
 # seed = 0                 # the same seed, config and devices give the same adapter
 # state_dir = "state"      # versions, updates and rounds; a restarted server goes on from here
 
@@ -147,10 +151,13 @@ path = <BASE>
 # every = 1                # rounds between evaluations, which the server computes itself
 
 [evaluation.data]
-# held-out rows, .jsonl or .csv
+# held-out rows, .jsonl, .csv or .parquet
 path = <DATA>
-# text = "text"
+# text = "text"            # columns as in agent.toml
 # label = "label"
+# prompt = "prompt"
+# response = "response"
+# messages = "messages"
 
 [transfer]
 # chunk_kib = 256          # 1 to 256; smaller loses less on a bad link, and costs more acknowledgements

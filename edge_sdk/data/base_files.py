@@ -18,7 +18,14 @@ from edge_sdk.errors import BaseModelError
 from edge_sdk.protocol.base import Digest
 from edge_sdk.protocol.model import Fingerprint, LoraShape
 
-__all__ = ["base_digest", "find_base", "fingerprint_of", "tokenizer_digest", "weight_files"]
+__all__ = [
+    "base_digest",
+    "chat_template",
+    "find_base",
+    "fingerprint_of",
+    "tokenizer_digest",
+    "weight_files",
+]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _BLOCK = 1 << 20
@@ -182,6 +189,28 @@ def tokenizer_digest(folder: Path) -> Digest:
     return hasher.hexdigest()
 
 
+def chat_template(folder: Path) -> str | None:
+    """The template that turns chats into text; None: the base has none.
+
+    Of several in one list, the one that is called ``default``. Raises BaseModelError for unreadable files.
+    """
+    alone = folder / "chat_template.jinja"
+    if alone.is_file():
+        try:
+            return alone.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise BaseModelError(f"base model {alone}: cannot be read: {error}") from None
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        file = folder / name
+        found = _json(file).get("chat_template") if file.is_file() else None
+        if isinstance(found, list):
+            named = {str(one.get("name")): one.get("template") for one in found if isinstance(one, dict)}
+            found = named.get("default")
+        if isinstance(found, str):
+            return found
+    return None
+
+
 def fingerprint_of(
     folder: Path,
     *,
@@ -195,10 +224,14 @@ def fingerprint_of(
     """What all parties of a run must agree on, of the base in ``folder``. Raises BaseModelError.
 
     The order of the labels counts (it is the order of the head's rows), that of LoRA's targets does not.
+    The chat template is part of a causal LM's tokenizer, and of no classifier's.
     """
+    tokenizer = tokenizer_digest(folder)
+    if task == "causal-lm":
+        tokenizer = hashlib.sha256(f"{tokenizer}\n{chat_template(folder) or ''}".encode()).hexdigest()
     return Fingerprint(
         base=base_digest(folder, cache),
-        tokenizer=tokenizer_digest(folder),
+        tokenizer=tokenizer,
         labels=hashlib.sha256(msgspec.json.encode(list(labels))).hexdigest(),
         head=f"{task}:{len(labels)}",
         max_length=max_length,

@@ -1,32 +1,41 @@
-"""Reading rows of text and label, one at a time; whatever is wrong is told with the row's number.
+"""Rows of a task, one at a time; whatever is wrong is told with the row's number.
 
-A row's number is that of its first line in the file, counted from 1, as an editor shows it. Rows never
-leave the device.
+Classification reads text and label; a causal LM reads whole texts, prompts with responses, or chats.
 """
 
 from __future__ import annotations
 
-import csv
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import msgspec
 
 from edge_sdk.config.problems import nearest, shown
+from edge_sdk.data.formats import FORMATS, Fields, bad_row, check_file, missing_column, read_fields
 from edge_sdk.errors import DataError
 
-__all__ = ["FORMATS", "Row", "RowSource", "read_rows"]
+__all__ = [
+    "FORMATS",
+    "ChatRow",
+    "Message",
+    "PromptRow",
+    "Row",
+    "RowSource",
+    "Sample",
+    "TextRow",
+    "check_rows",
+    "read_rows",
+    "read_samples",
+]
 
-_DELIMITERS = {".csv": ",", ".tsv": "\t"}
-FORMATS = (".jsonl", ".ndjson", *_DELIMITERS)
-_MAX_LINE_BYTES = 4 << 20
-_Fields = dict[str, Any]
+_LABELLED = "data.text and data.label"
+_SAMPLED = "data.prompt, data.response, data.text and data.messages"
 
 
 class RowSource(Protocol):
-    """A file of rows and the columns that hold text and label."""
+    """A file of rows and the columns of each kind."""
 
     @property
     def path(self) -> str: ...
@@ -37,15 +46,56 @@ class RowSource(Protocol):
     @property
     def label(self) -> str: ...
 
+    @property
+    def prompt(self) -> str: ...
+
+    @property
+    def response(self) -> str: ...
+
+    @property
+    def messages(self) -> str: ...
+
 
 class Row(NamedTuple):
+    """Of classification."""
+
     text: str
     label: str
     number: int
 
 
+class TextRow(NamedTuple):
+    """Every token is to be learnt."""
+
+    text: str
+    number: int
+
+
+class PromptRow(NamedTuple):
+    """The response is to be learnt."""
+
+    prompt: str
+    response: str
+    number: int
+
+
+class Message(NamedTuple):
+    role: str
+    content: str
+
+
+class ChatRow(NamedTuple):
+    """The turns of role ``assistant`` are to be learnt; there is at least one."""
+
+    messages: tuple[Message, ...]
+    number: int
+
+
+Sample = TextRow | PromptRow | ChatRow
+
+
 def read_rows(source: RowSource, labels: Sequence[str] | None = None) -> Iterator[Row]:
-    """The rows of a JSONL or CSV file (told by its suffix; UTF-8, with or without a byte order mark).
+    """The labelled rows of a JSONL, CSV or Parquet file (told by its suffix).
 
     Args:
         source: path and columns.
@@ -53,132 +103,140 @@ def read_rows(source: RowSource, labels: Sequence[str] | None = None) -> Iterato
 
     Raises:
         DataError: at the first row that cannot be used, or where the file holds none.
+        MissingExtraError: Parquet without pyarrow.
     """
     path = Path(source.path)
     allowed = None if labels is None else dict.fromkeys(labels)
-    suffix = path.suffix.lower()
-    if suffix == ".parquet":
-        raise DataError(f"{path}: Parquet is not read", f"write the rows as one of {', '.join(FORMATS)}")
-    if suffix not in FORMATS:
-        raise DataError(f'{path}: the suffix "{suffix}" tells no format', f"use one of {', '.join(FORMATS)}")
-    try:
-        with path.open("rb") as file:
-            lines = _lines(path, file)
-            delimiter = _DELIMITERS.get(suffix)
-            found = _csv(path, lines, delimiter) if delimiter else _jsonl(path, lines)
-            number = 0
-            for number, fields in found:
-                text = _text(path, number, fields, source.text)
-                yield Row(text, _label(path, number, fields, source.label, allowed), number)
-    except FileNotFoundError:
-        raise DataError(
-            f"{path}: there is no such file", "data.path is where the rows are looked for"
-        ) from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    if not number:
-        raise DataError(f"{path}: holds no rows", "one row of text and label is the least")
+    columns = (source.text, source.label)
+
+    def choose(number: int, names: Collection[str]) -> Sequence[str]:
+        for name in columns:
+            if name not in names:
+                raise missing_column(path, number, names, name, _LABELLED)
+        return columns
+
+    for number, fields in read_fields(path, choose):
+        text = _text(path, number, fields, source.text, _LABELLED)
+        yield Row(text, _label(path, number, fields, source.label, allowed), number)
 
 
-def _lines(path: Path, file: BinaryIO) -> Iterator[str]:
-    """Decoded lines with their ends. Line by line, so that a wrong byte is told with its line."""
-    number = 0
-    while line := file.readline(_MAX_LINE_BYTES + 1):
-        number += 1
-        if len(line) > _MAX_LINE_BYTES:
-            raise _bad(path, number, f"is longer than {_MAX_LINE_BYTES >> 20} MiB")
-        try:
-            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            found = f"0x{line[error.start]:02x} at byte {error.start + 1}"
-            raise _bad(path, number, f"is not UTF-8 text: {found}", "save the file as UTF-8") from None
+def read_samples(source: RowSource) -> Iterator[Sample]:
+    """The rows of a file for a causal LM. Of which kind they are, the first row tells by its columns:
+
+    messages, else prompt and response, else text. Raises as ``read_rows``.
+    """
+    path = Path(source.path)
+    kind = _SampleKind(path, source)
+    for number, fields in read_fields(path, kind.choose):
+        text = partial(_text, path, number, fields, keys=_SAMPLED)
+        if kind.found == "messages":
+            yield ChatRow(_messages(path, number, fields, source.messages), number)
+        elif kind.found == "prompt":
+            yield PromptRow(text(source.prompt), text(source.response), number)
+        else:
+            yield TextRow(text(source.text), number)
 
 
-def _jsonl(path: Path, lines: Iterator[str]) -> Iterator[tuple[int, _Fields]]:
-    decoder = msgspec.json.Decoder()
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            fields = decoder.decode(line)
-        except (msgspec.DecodeError, RecursionError) as error:
-            raise _bad(path, number, f"is not JSON: {error}", f"received {shown(line.strip())}") from None
-        if not isinstance(fields, dict):
-            raise _bad(
-                path, number, f"received {shown(fields)}", 'a row is an object, {"text": ..., "label": ...}'
-            )
-        yield number, fields
+def check_rows(source: RowSource) -> None:
+    """Reads all rows before the task is known: as labelled ones where the first row has both columns.
+
+    Parquet is left to whoever reads it. Raises as ``read_rows``.
+    """
+    path = Path(source.path)
+    if not check_file(path):
+        return
+    first = next(read_fields(path, lambda *_: ()))[1]
+    labelled = {source.text, source.label} <= first.keys()
+    for _ in read_rows(source) if labelled else read_samples(source):
+        pass
 
 
-def _csv(path: Path, lines: Iterator[str], delimiter: str) -> Iterator[tuple[int, _Fields]]:
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    columns: list[str] = []
-    number = 1
-    try:
-        for values in reader:
-            if not values:
-                pass  # an empty line
-            elif not columns:
-                columns = values
-                twice = [name for name, count in Counter(columns).items() if count > 1]
-                if twice:
-                    raise _bad(path, number, f"names the column {shown(twice[0])} more than once")
-            elif len(values) != len(columns):
-                what = f"has {len(values)} fields, its header {len(columns)}"
-                raise _bad(path, number, what, "put text that holds the delimiter in double quotes")
-            else:
-                yield number, dict(zip(columns, values, strict=True))
-            number = reader.line_num + 1  # a quoted field may run over several lines
-    except csv.Error as error:
-        raise _bad(path, number, f"is not CSV: {error}") from None
+class _SampleKind:
+    """Which columns a file's samples are in; known once ``choose`` was called."""
+
+    def __init__(self, path: Path, source: RowSource) -> None:
+        self._path = path
+        self._source = source
+        self.found: Literal["messages", "prompt", "text"] = "text"
+
+    def choose(self, number: int, names: Collection[str]) -> Sequence[str]:
+        source = self._source
+        if source.messages in names:
+            self.found = "messages"
+            return (source.messages,)
+        if source.prompt in names and source.response in names:
+            self.found = "prompt"
+            return (source.prompt, source.response)
+        for one, other in ((source.prompt, source.response), (source.response, source.prompt)):
+            if one in names and source.text not in names:
+                raise missing_column(self._path, number, names, other, _SAMPLED)
+        if source.text not in names:
+            raise missing_column(self._path, number, names, source.text, _SAMPLED)
+        return (source.text,)
 
 
-def _column(path: Path, number: int, fields: _Fields, name: str) -> Any:
-    if name in fields:
-        return fields[name]
-    meant = nearest(name, fields)
-    hint = f'did you mean "{meant}"? ' if meant else ""
-    columns = ", ".join(list(fields)[:20]) or "none"
-    raise _bad(
-        path,
-        number,
-        f'has no column "{name}"',
-        f"{hint}its columns: {columns}; data.text and data.label name them",
-    )
+def _column(path: Path, number: int, fields: Fields, name: str, keys: str) -> Any:
+    if name not in fields:
+        raise missing_column(path, number, fields, name, keys)
+    return fields[name]
 
 
-def _text(path: Path, number: int, fields: _Fields, name: str) -> str:
-    value = _column(path, number, fields, name)
+def _text(path: Path, number: int, fields: Fields, name: str, keys: str) -> str:
+    value = _column(path, number, fields, name, keys)
     if not isinstance(value, str):
-        raise _bad(path, number, f'"{name}" is {_kind(value)}, received {shown(value)}', "it must be text")
+        raise bad_row(path, number, f'"{name}" is {_kind(value)}, received {shown(value)}', "it must be text")
     if not value.strip():
-        raise _bad(path, number, f'"{name}" is empty', "give it text, or take the row out")
+        raise bad_row(path, number, f'"{name}" is empty', "give it text, or take the row out")
     return value
 
 
-def _label(path: Path, number: int, fields: _Fields, name: str, allowed: dict[str, None] | None) -> str:
-    value = _column(path, number, fields, name)
+def _label(path: Path, number: int, fields: Fields, name: str, allowed: dict[str, None] | None) -> str:
+    value = _column(path, number, fields, name, _LABELLED)
     if isinstance(value, int) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, str):
-        raise _bad(
+        raise bad_row(
             path, number, f'"{name}" is {_kind(value)}, received {shown(value)}', "it must be a label's text"
         )
     if allowed is not None and value not in allowed:
         meant = nearest(value, allowed)
         hint = f'did you mean "{meant}"? ' if meant else ""
         some = ", ".join(list(allowed)[:20]) + (f" and {len(allowed) - 20} more" if len(allowed) > 20 else "")
-        raise _bad(
+        raise bad_row(
             path, number, f"the label {shown(value)} is outside the run's set", f"{hint}labels: {some}"
         )
     return value
 
 
+def _messages(path: Path, number: int, fields: Fields, name: str) -> tuple[Message, ...]:
+    """A list of objects; where the format holds text alone (CSV), its JSON."""
+
+    def bad(what: str) -> DataError:
+        return bad_row(
+            path, number, f'"{name}" {what}', 'it must be a list of {"role": "...", "content": "..."}'
+        )
+
+    value = _column(path, number, fields, name, _SAMPLED)
+    if isinstance(value, str):
+        try:
+            value = msgspec.json.decode(value)
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise bad(f"is text that is not JSON: {error}") from None
+    if not isinstance(value, list) or not value:
+        raise bad(f"is {_kind(value) if value != [] else 'empty'}, received {shown(value)}")
+    messages = []
+    for place, entry in enumerate(value, 1):
+        if not isinstance(entry, dict):
+            raise bad(f"holds {shown(entry)} at place {place}")
+        role, content = entry.get("role"), entry.get("content")
+        if not isinstance(role, str) or not role or not isinstance(content, str):
+            raise bad(f"lacks role or content, as text, at place {place}")
+        messages.append(Message(role, content))
+    if not any(message.role == "assistant" and message.content.strip() for message in messages):
+        raise bad_row(path, number, f'"{name}" has no turn of role "assistant"', "only such turns are learnt")
+    return tuple(messages)
+
+
 def _kind(value: Any) -> str:
-    return {type(None): "null", bool: "a truth value", dict: "an object", list: "a list"}.get(
-        type(value), "a number"
-    )
-
-
-def _bad(path: Path, number: int, what: str, hint: str = "") -> DataError:
-    return DataError(f"{path}: row {number}: {what}", hint)
+    kinds = {type(None): "null", bool: "a truth value", dict: "an object", list: "a list", str: "text"}
+    return kinds.get(type(value), "a number")

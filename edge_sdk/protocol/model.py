@@ -8,7 +8,10 @@ import msgspec
 
 from edge_sdk.protocol.base import Digest, NotNegative, Positive, Record, Text
 
-__all__ = ["DensePart", "Fingerprint", "LoraModule", "LoraShape", "ModelShape"]
+__all__ = ["TASKS", "DensePart", "Fingerprint", "LoraModule", "LoraShape", "ModelShape"]
+
+TASKS: tuple[str, ...] = ("classification", "causal-lm")
+"""What a model can be trained for here."""
 
 
 class LoraShape(Record, frozen=True, kw_only=True):

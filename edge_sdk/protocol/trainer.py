@@ -44,11 +44,18 @@ Path = Text
 
 
 class DataSource(Record, frozen=True, kw_only=True):
-    """A file of rows: JSONL or CSV, told by its suffix; the columns that hold text and label."""
+    """A file of rows, its format told by its suffix, and the names of the columns that a task may read.
+
+    Classification reads ``text`` and ``label``. A causal LM reads ``messages``, or else ``prompt`` and
+    ``response``, or else ``text``: the first of these that the file has.
+    """
 
     path: Path
     text: Text = "text"
     label: Text = "label"
+    prompt: Text = "prompt"
+    response: Text = "response"
+    messages: Text = "messages"
 
 
 class Setup(Record, frozen=True, kw_only=True):
@@ -56,7 +63,9 @@ class Setup(Record, frozen=True, kw_only=True):
 
     base: Path
     """Local folder, or a hub id where the config names one."""
+    task: Text = "classification"
     labels: tuple[Text, ...]
+    """Of classification; empty for other tasks."""
     template: Text = "{text}"
     max_length: Positive
     micro_batch: Positive
@@ -106,7 +115,7 @@ class Train(Record, frozen=True, kw_only=True, tag="train"):
 
 
 class Evaluate(Record, frozen=True, kw_only=True, tag="evaluate"):
-    """Accuracy and loss of a version on the setup's data."""
+    """How well a version does on the setup's data."""
 
     id: NotNegative
     setup: Setup
@@ -118,6 +127,7 @@ class Export(Record, frozen=True, kw_only=True, tag="export"):
 
     id: NotNegative
     base: Path
+    task: Text = "classification"
     labels: tuple[Text, ...]
     lora: LoraShape
     shape: ModelShape
@@ -140,6 +150,8 @@ class Described(Record, frozen=True, kw_only=True, tag="described"):
     shape: ModelShape
     rest_mb: float
     samples: NotNegative
+    dropped: NotNegative = 0
+    """Rows of a causal LM of which ``max_length`` left nothing to learn."""
     label_counts: tuple[int, ...] = ()
     device: Text
     """The device that the trainer computes on: ``cpu`` or ``cuda:N``."""
@@ -169,9 +181,17 @@ class Trained(Record, frozen=True, kw_only=True, tag="trained"):
 
 
 class Evaluated(Record, frozen=True, kw_only=True, tag="evaluated"):
+    """Of classification per row, of a causal LM per predicted token. ``f1`` is the former's, ``perplexity`` and
+    ``tokens`` are the latter's."""
+
     id: NotNegative
     accuracy: float
     loss: float
+    """Mean negative log likelihood, in nats."""
+    f1: float | None = None
+    """Mean over labels."""
+    perplexity: float | None = None
+    tokens: Positive | None = None
     examples: Positive
     seconds: float
 

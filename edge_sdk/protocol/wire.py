@@ -24,7 +24,7 @@ from edge_sdk.protocol.base import (
 )
 from edge_sdk.protocol.measure import Budget, Fit, Link, Measured, Memory, Profile
 from edge_sdk.protocol.model import Fingerprint, LoraShape, ModelShape
-from edge_sdk.protocol.spec import Candidate, Levers, TrainSpec
+from edge_sdk.protocol.spec import Candidate, Levers, TrainSpec, Word
 
 __all__ = [
     "AggregatorState",
@@ -70,7 +70,8 @@ class Run(Record, frozen=True, kw_only=True, tag="run"):
     run: Name
     nonce: Name
     """New for every run, also of the same name; announces carry it."""
-    task: Literal["classification"] = "classification"
+    task: Word = "classification"
+    """One of ``TASKS``; a device that does not know it refuses the run by that name."""
     base: Text
     """The base as the operator wrote it; what counts is the fingerprint."""
     labels: Annotated[tuple[Text, ...], msgspec.Meta(max_length=4096)]

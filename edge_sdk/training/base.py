@@ -11,7 +11,7 @@ from edge_sdk.errors import BaseModelError
 
 __all__ = ["compute_device", "local_base"]
 
-_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "bpe.codes")
+_FILES = ("*.json", "*.jinja", "*.safetensors", "*.txt", "*.model", "bpe.codes")
 
 
 def local_base(base: str) -> Path:

@@ -106,7 +106,7 @@ class _Control:
             labels=config.run.labels,
             task=config.run.task,
             max_length=config.training.max_length,
-            template=config.run.template,
+            template=config.run.row_template,
             lora=setup.lora,
             cache=None,
         ).digest
