@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from edge_sdk.errors import TrainerError
 from edge_sdk.protocol.spec import Candidate, TrainSpec
+from edge_sdk.training.activations.plan import PLAIN, Form, LayerPlan
 from edge_sdk.training.activations.store import ActivationStore
 from edge_sdk.training.model import TunableModel
 from edge_sdk.training.optimizer import RoundOptimizer
@@ -54,10 +55,8 @@ def train(
     started = time.perf_counter()
     optimizer = RoundOptimizer(model, model.set_depth(candidate.depth), spec)
     bottom = model.shape.layers - candidate.depth
-    packed = model.layers[bottom : bottom + candidate.quantized_layers]
-    store = (
-        ActivationStore(model.net.parameters()).over(packed) if candidate.quantized_layers else nullcontext()
-    )
+    plans = _plans(list(model.layers[bottom:]), candidate)
+    store = ActivationStore(model.net.parameters()).over(plans) if plans else nullcontext()
     trace = Trace()
     try:
         with store:
@@ -86,6 +85,17 @@ def train(
         model.set_depth(0)
     trace.train_s = time.perf_counter() - started
     return trace
+
+
+def _plans(tuned: list[Any], candidate: Candidate) -> dict[Any, LayerPlan]:
+    """By layer; the lowest are packed: their noise reaches the fewest gradients."""
+    form = Form(candidate.activation_bits, candidate.activation_rounding)  # type: ignore[arg-type]
+    plans = {}
+    for i, layer in enumerate(tuned):
+        plan = LayerPlan(form if i < candidate.quantized_layers else None, candidate.recompute)  # type: ignore[arg-type]
+        if plan != PLAIN:
+            plans[layer] = plan
+    return plans
 
 
 def accuracy(

@@ -13,12 +13,13 @@ torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.train
 
 from edge_sdk.protocol.model import LoraShape  # noqa: E402
-from edge_sdk.training.activations import packing  # noqa: E402
-from edge_sdk.training.activations.store import ActivationStore, _View  # noqa: E402
+from edge_sdk.training.activations.plan import Form, LayerPlan  # noqa: E402
+from edge_sdk.training.activations.store import ActivationStore, Held  # noqa: E402
 from edge_sdk.training.model import TunableModel, load_model  # noqa: E402
 from edge_sdk.updates.initial import initial_adapter  # noqa: E402
 
 BATCH, LENGTH = 8, 32
+PACKED = LayerPlan(Form(8))
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +42,9 @@ def peaked(model: TunableModel) -> Iterator[TunableModel]:
         with torch.no_grad():
             for layer in model.layers:
                 for name in ("query", "key"):
-                    base = layer.get_submodule(f"attention.self.{name}").base_layer
-                    base.weight.mul_(by)
-                    base.bias.mul_(by)
+                    linear = layer.get_submodule(f"attention.self.{name}")
+                    linear.frozen.weight.mul_(by)
+                    linear.bias.mul_(by)
 
     scale(6.0)
     yield model
@@ -61,7 +62,7 @@ def _run(model: TunableModel, quantized: int, depth: int | None = None) -> tuple
     model.set_depth(depth)
     store = ActivationStore(model.net.parameters())
     bottom = model.shape.layers - depth
-    with store.over(model.layers[bottom : bottom + quantized]):
+    with store.over(dict.fromkeys(model.layers[bottom : bottom + quantized], PACKED)):
         loss = torch.nn.functional.cross_entropy(model.logits(ids, mask), labels)
     loss.backward()
     gradients = [p.grad.flatten() for k, p in model.parts.items() if p.grad is not None and k[0].isdigit()]
@@ -82,23 +83,6 @@ def test_the_loss_is_the_same_to_the_bit_and_gradients_within_a_hundredth(model:
 def test_peaked_attention_is_no_worse_since_its_own_tensors_stay_exact(peaked: TunableModel) -> None:
     # with queries, keys and values packed as well it is above 0.9
     assert 0 < _error(peaked, 6) < 0.025
-
-
-def test_without_the_fused_kernels(model: TunableModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "_has_kernel", lambda device: False)
-    assert 0 < _error(model, 6) < 0.01
-
-
-def test_composed_ops_write_what_the_kernels_read() -> None:
-    rows = torch.randn(50, 32, generator=torch.Generator().manual_seed(0))
-    rows[3] = 2.5  # a row without a range
-    packed = packing._pack_composed(rows)
-    assert packed.shape == (50, 40) and packed.dtype == torch.uint8
-    steps = (rows.amax(1) - rows.amin(1)) / 255
-    error = (packing._unpack_composed(packed) - rows).abs().amax(1)
-    assert (error <= 0.51 * steps + 1e-6).all()
-    if packing._has_kernel(torch.device("cpu")):
-        assert torch.allclose(torch.ops.quantized.embedding_bag_byte_unpack(packed), rows, atol=0.02)
 
 
 def test_the_lowest_layers_only(model: TunableModel) -> None:
@@ -130,7 +114,7 @@ def test_a_tensor_saved_by_several_is_packed_once() -> None:
 
     layer, store = Layer(), ActivationStore(weights)
     hidden = torch.randn(4, 16, 64)
-    with store.over([layer]):
+    with store.over({layer: PACKED}):
         out = layer(hidden)
     assert store.original_bytes == hidden.numel() * 4
     out.sum().backward()
@@ -154,7 +138,7 @@ def test_a_freed_address_is_not_mistaken_for_the_old_tensor() -> None:
 
     layer, store = Layer(), ActivationStore([scales])
     hidden = torch.rand(8, 4096) + 0.5
-    with store.over([layer]):
+    with store.over({layer: PACKED}):
         layer(hidden).backward()
     sums = torch.stack([(hidden * (i + 1)).sum() for i in range(3)])
     assert torch.allclose(scales.grad, sums, rtol=0.01)
@@ -162,7 +146,7 @@ def test_a_freed_address_is_not_mistaken_for_the_old_tensor() -> None:
 
 def test_the_layer_is_left_as_it_was() -> None:
     layer = torch.nn.Linear(4, 4)
-    with pytest.raises(RuntimeError, match="odd"), ActivationStore([]).over([layer]):
+    with pytest.raises(RuntimeError, match="odd"), ActivationStore([]).over({layer: PACKED}):
         assert "forward" in vars(layer)
         raise RuntimeError("odd")
     assert "forward" not in vars(layer)
@@ -181,10 +165,10 @@ def test_a_failed_forward_pass_keeps_nothing_alive(model: TunableModel) -> None:
 
     handle = model.layers[2].register_forward_pre_hook(fail)
     try:
-        with store.over(model.layers), pytest.raises(MemoryError):
+        with store.over(dict.fromkeys(model.layers, PACKED)), pytest.raises(MemoryError):
             model.logits(ids, torch.ones_like(ids))
     finally:
         handle.remove()
     gc.collect()
-    views = sum(type(thing) is _View for thing in gc.get_objects())
+    views = sum(type(thing) is Held for thing in gc.get_objects())
     assert views == 0 and kept

@@ -1,78 +1,134 @@
-"""Eight bits for saved activations: rows of uint8 codes with a scale and an offset each.
+"""Values in 8, 4 or 2 bits, groups of the last axis with a scale and an offset each; masks in one bit.
 
-x ~ code · scale + offset, code = round((x - min) / scale), scale = (max - min) / 255, over groups of at
-most ``GROUP`` consecutive values of the last axis; the error of a value is at most half a scale.
+The error of a value is at most half a scale when rounded to nearest, one scale when stochastic.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
 
-__all__ = ["GROUP", "pack", "unpack"]
+from edge_sdk.training.activations import kernels
+from edge_sdk.training.activations.plan import Form
 
-GROUP = 32
-"""Values that share a scale. Outlier channels set a group's step: on MiniLM all LoRA gradients are off by
-0.65 % at 32, 0.8 % at 64, 1.0 % at 128, 1.9 % at 1536; with peaked attention
-(q, k times 6) 1.0 to 1.2 % at 32."""
+__all__ = ["GROUPS", "Packed", "PackedMask", "kernel", "pack", "pack_flat", "pack_mask"]
 
-_BLOCK = 1 << 19
-"""Elements that the composed ops take at a time: their float temporaries stay in the cache."""
-
-_TAIL = 8
-"""Bytes of a packed row's scale and offset, float32 each."""
+GROUPS = {8: 32, 4: 32, 2: 32}
+"""Values that share a scale, by bits. Outlier channels set a group's step: at 8 bits all LoRA gradients of
+MiniLM are off by 0.65 % at 32, 0.8 % at 64, 1.0 % at 128, 1.9 % at 1536."""
 
 
-def pack(rows: Any) -> Any:
-    """(n, width) float32 -> (n, width + 8) uint8."""
-    if _has_kernel(rows.device):
-        return torch.ops.quantized.embedding_bag_byte_prepack(rows)
-    return _pack_composed(rows)
+def kernel(device: Any, form: Form | None = None) -> str:
+    """Which implementation packs: ``fbgemm`` or ``composed``."""
+    form = Form() if form is None else form
+    fused = form.rounding == "nearest" and kernels.has_kernel(torch.device(device), form.bits)
+    return "fbgemm" if fused else "composed"
 
 
-def unpack(packed: Any) -> Any:
-    """(n, width + 8) uint8 -> (n, width) float32."""
-    if _has_kernel(packed.device):
-        return torch.ops.quantized.embedding_bag_byte_unpack(packed)
-    return _unpack_composed(packed)
+class Packed:
+    """Packed values; ``nbytes`` are all that is held."""
+
+    __slots__ = ("_bits", "_codes", "_count", "_group", "dtype", "shape")
+
+    def __init__(self, codes: Any, bits: int, group: int, shape: Any, dtype: Any) -> None:
+        self._codes, self._bits, self._group = codes, bits, group
+        self.shape, self.dtype = torch.Size(shape), dtype
+        self._count = self.shape.numel()
+
+    @property
+    def nbytes(self) -> int:
+        return int(self._codes.numel())
+
+    def unpack(self) -> Any:
+        """The values, of their shape and dtype, contiguous."""
+        return self.flat(0, self._count).view(self.shape)
+
+    def rows(self, start: int, stop: int) -> Any:
+        """Rows ``start`` to ``stop`` of the values as (rows, last axis)."""
+        width = self.shape[-1]
+        return self.flat(start * width, min(stop * width, self._count)).view(-1, width)
+
+    def flat(self, start: int, stop: int) -> Any:
+        """Values ``start`` to ``stop`` in their order in memory."""
+        first = start // self._group
+        codes = self._codes[first : -(-stop // self._group)]
+        values = kernels.unpack_rows(codes, self._bits, self._group, self.dtype).view(-1)
+        return values[start - first * self._group : stop - first * self._group]
 
 
-@lru_cache(maxsize=8)
-def _has_kernel(device: Any) -> bool:
-    """Whether this torch has the fused kernels for the device, and they do what is written above."""
-    probe = torch.linspace(-1.0, 3.0, 64, device=device).reshape(2, 32)
-    try:
-        packed = torch.ops.quantized.embedding_bag_byte_prepack(probe)
-        back = torch.ops.quantized.embedding_bag_byte_unpack(packed)
-    except (RuntimeError, NotImplementedError, AttributeError):
-        return False
-    return packed.shape == (2, 32 + _TAIL) and bool(((back - probe).abs() < 0.01).all())
+def pack(values: Any, form: Form, generator: Any = None) -> Packed:
+    """Packs float32, bfloat16 or float16 values of any shape.
 
-
-def _pack_composed(rows: Any) -> Any:
-    n, width = rows.shape
-    packed = torch.empty((n, width + _TAIL), dtype=torch.uint8, device=rows.device)
-    step = max(1, _BLOCK // width)
-    for start in range(0, n, step):
-        block = rows[start : start + step]
-        low = block.amin(dim=1, keepdim=True)
-        scale = (block.amax(dim=1, keepdim=True) - low).div_(255.0)
-        codes = (block - low).div_(scale.clamp(min=1e-30)).round_().clamp_(0, 255)
-        packed[start : start + step, :width] = codes.to(torch.uint8)
-        tail = torch.cat((scale, low), dim=1)
-        packed[start : start + step, width:] = tail.view(torch.uint8)
+    Args:
+        generator: for stochastic rounding; None: torch's default one.
+    """
+    values = values.detach().contiguous()
+    packed = pack_flat(values.view(-1), form, width=values.shape[-1], generator=generator)
+    packed.shape = values.shape
     return packed
 
 
-def _unpack_composed(packed: Any) -> Any:
-    n, width = packed.shape[0], packed.shape[1] - _TAIL
-    rows = torch.empty((n, width), dtype=torch.float32, device=packed.device)
-    step = max(1, _BLOCK // width)
-    for start in range(0, n, step):
-        block = packed[start : start + step]
-        tail = block[:, width:].contiguous().view(torch.float32)
-        codes = block[:, :width].to(torch.float32)
-        torch.addcmul(tail[:, 1:], codes, tail[:, :1], out=rows[start : start + step])
-    return rows
+def pack_flat(flat: Any, form: Form, *, width: int, generator: Any = None) -> Packed:
+    """Packs (n,) values; no group crosses a multiple of ``width`` where ``width`` has a fitting divisor."""
+    count, bits = flat.numel(), form.bits
+    group = _group(width, form.group or GROUPS[bits], count)
+    full = count // group * group
+    stochastic = form.rounding == "stochastic"
+    codes = _checked(flat[:full].view(-1, group), bits, generator, stochastic)
+    bits, codes = codes
+    if full < count:
+        rest = torch.cat((flat[full:], flat[-1:].expand(group - count + full))).view(1, group)
+        codes = torch.cat((codes, kernels.pack_rows(rest, bits, generator, stochastic=stochastic)))
+    return Packed(codes, bits, group, (count,), flat.dtype)
+
+
+def _checked(rows: Any, bits: int, generator: Any, stochastic: bool) -> tuple[int, Any]:
+    codes = kernels.pack_rows(rows, bits, generator, stochastic=stochastic)
+    if bits < 8 and rows.dtype != torch.float16:
+        tail = codes[:, -4:].contiguous().view(torch.float16)
+        if not bool(tail.isfinite().all()):  # beyond 65504: eight bits have a float32 scale
+            return 8, kernels.pack_rows(rows, 8, generator, stochastic=stochastic)
+    return bits, codes
+
+
+def _group(width: int, wanted: int, count: int) -> int:
+    """The largest divisor of ``width`` up to ``wanted`` that fills whole bytes; else ``wanted`` itself."""
+    for group in range(min(wanted, width), max(3, wanted // 4), -1):
+        if width % group == 0 and group % 4 == 0 and count % group == 0:
+            return group
+    return wanted
+
+
+class PackedMask:
+    """Booleans, one bit each, exact."""
+
+    __slots__ = ("_bits", "dtype", "shape")
+
+    def __init__(self, bits: Any, shape: Any) -> None:
+        self._bits, self.shape, self.dtype = bits, torch.Size(shape), torch.bool
+
+    @property
+    def nbytes(self) -> int:
+        return int(self._bits.numel())
+
+    def unpack(self) -> Any:
+        return self.flat(0, self.shape.numel()).view(self.shape)
+
+    def flat(self, start: int, stop: int) -> Any:
+        first = start // 8
+        eights = self._bits[first : -(-stop // 8), None]
+        places = torch.arange(8, dtype=torch.uint8, device=eights.device)
+        values = (eights >> places).bitwise_and_(1).view(-1).to(torch.bool)
+        return values[start - first * 8 : stop - first * 8]
+
+
+def pack_mask(values: Any) -> PackedMask:
+    """Packs booleans of any shape to bits."""
+    flat = values.detach().contiguous().view(-1).view(torch.uint8)
+    short = -flat.numel() % 8
+    if short:
+        flat = torch.nn.functional.pad(flat, (0, short))
+    places = torch.arange(8, dtype=torch.uint8, device=flat.device)
+    bits = (flat.view(-1, 8) << places).sum(dim=1, dtype=torch.uint8)
+    return PackedMask(bits, values.shape)
