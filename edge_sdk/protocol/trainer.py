@@ -7,7 +7,7 @@ process needs no other memory than the request. Tensors never travel here: files
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import msgspec
 
@@ -78,6 +78,10 @@ class Setup(Record, frozen=True, kw_only=True):
     memory_mb: float | None = None
     """Hard limit of what the trainer process may hold in all; None: no limit."""
     data: DataSource | None = None
+    prefix_mb: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    """What of the frozen layers' output may be kept over the epochs of a round; 0: it is computed anew."""
+    prefix_place: Literal["memory", "disk"] = "memory"
+    """``disk``: a file without a name in the training's folder."""
 
 
 class Describe(Record, frozen=True, kw_only=True, tag="describe"):
@@ -170,6 +174,10 @@ class Progress(Record, frozen=True, kw_only=True, tag="progress"):
     done: NotNegative
     total: NotNegative
     loss: float | None = None
+    tokens_per_s: float | None = None
+    """Of the last step, padding not counted."""
+    left_s: float | None = None
+    """Until ``done`` is ``total``, at the pace of the last steps."""
 
 
 class Trained(Record, frozen=True, kw_only=True, tag="trained"):
@@ -181,8 +189,8 @@ class Trained(Record, frozen=True, kw_only=True, tag="trained"):
 
 
 class Evaluated(Record, frozen=True, kw_only=True, tag="evaluated"):
-    """Of classification per row, of a causal LM per predicted token. ``f1`` is the former's, ``perplexity`` and
-    ``tokens`` are the latter's."""
+    """Of classification per row, of a causal LM per predicted token. ``f1`` is told of the one,
+    ``perplexity`` and ``tokens`` of the other."""
 
     id: NotNegative
     accuracy: float

@@ -24,7 +24,7 @@ be learnt.
 
 
 class Task(Protocol):
-    """Of a model it calls ``hidden``, ``encode``, ``head`` and what they are made of, never the net itself."""
+    """Of a model it uses ``hidden``, ``encode``, ``head`` and the output layer, never the net itself."""
 
     @property
     def name(self) -> str: ...

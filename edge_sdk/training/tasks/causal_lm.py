@@ -1,4 +1,4 @@
-"""Causal language modelling: every learnt token is predicted from those before it. Nothing but LoRA is trained.
+"""Causal language modelling: a learnt token is predicted from those before it. Nothing but LoRA is trained.
 
 What is learnt: of a text all of it, of prompt and response the response, of a chat the assistant's turns;
 and, where the row was not cut and no chat template says how a text ends, the token that ends a text.
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from edge_sdk.data.rows import RowSource, read_samples
-from edge_sdk.errors import BaseModelError, DataError
+from edge_sdk.errors import BaseModelError, DataError, TrainerError
 from edge_sdk.training.model import TunableModel
 from edge_sdk.training.tasks.base import Batch
 from edge_sdk.training.tasks.loss import Output, score_tokens, token_loss
@@ -31,7 +31,7 @@ class CausalLM:
     def rows(
         self,
         source: RowSource,
-        labels: Sequence[str],
+        labels: Sequence[str],  # noqa: ARG002
         *,
         tokenizer: Any,
         template: str,
@@ -41,7 +41,7 @@ class CausalLM:
         if not tokenizer.is_fast:
             raise BaseModelError(
                 "the base model's tokenizer does not tell where in the text a token stands",
-                "put its tokenizer.json beside it: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)",
+                "make its tokenizer.json: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)",
             )
         renderer = Renderer(tokenizer, template, source.path)
         builder = RowsBuilder()
@@ -74,7 +74,7 @@ class CausalLM:
     def batch(self, rows: Rows, chosen: Any, device: Any, *, trim: bool = False) -> Batch:
         return (*rows.inputs(chosen, device, trim=trim), rows.following(chosen, device, trim=trim))
 
-    def random_targets(self, ids: Any, labels: int, draw: np.random.Generator) -> Any:
+    def random_targets(self, ids: Any, labels: int, draw: np.random.Generator) -> Any:  # noqa: ARG002
         return torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
 
     def count(self, batch: Batch) -> int:
@@ -102,7 +102,9 @@ class CausalLM:
 
 
 def _output(model: TunableModel) -> Output:
-    return Output(model.output_weight)
+    if model.output_weight is None:
+        raise TrainerError("the model was not loaded as a language model: it has no output layer")
+    return Output(model.output_weight, model.output_bias)
 
 
 def _coded(

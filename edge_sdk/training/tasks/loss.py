@@ -4,7 +4,7 @@ The output layer and the softmax are one autograd function that works through th
 time. The gradient of the hidden states is made in the forward pass, where the logits of a few places are at
 hand, and is all that is kept: (learnt places, hidden). Places that are not learnt cost nothing.
 
-    loss = 1/n Σ_i (log Σ_v exp z_iv − z_i,t(i)),   z = cap(h Wᵀ + b),   ∂loss/∂h = 1/n (softmax z − e_t) · cap' W
+    loss = 1/n Σ_i (log Σ_v exp z_iv - z_i,t(i)),   z = h Wᵀ + b,   ∂loss/∂h = 1/n (softmax z - e_t) W
 """
 
 from __future__ import annotations
@@ -27,14 +27,10 @@ _WEIGHT_SHARE = 4
 
 @dataclass(frozen=True)
 class Output:
-    """The frozen output layer: weight (vocabulary, hidden), bias (vocabulary,) or None.
-
-    ``softcap``: logits are softcap · tanh(z / softcap), as in Gemma 2; None: as they are.
-    """
+    """The frozen output layer: weight (vocabulary, hidden), bias (vocabulary,) or None."""
 
     weight: FrozenWeight
     bias: Any = None
-    softcap: float | None = None
 
 
 def token_loss(
@@ -104,7 +100,6 @@ def _parts(rows: Any, output: Output, places: Any, targets: Any, scratch: int) -
     direct = _held(weight, rows.dtype) is not None
     room = scratch if direct else scratch - scratch // _WEIGHT_SHARE
     copies = 1 if rows.dtype == torch.float32 else 1 + rows.element_size() / 4
-    copies += output.softcap is not None
     most = max(1, min(places.numel(), int(room / (4 * vocabulary * copies))))
     step = vocabulary
     if not direct:
@@ -121,8 +116,6 @@ def _parts(rows: Any, output: Output, places: Any, targets: Any, scratch: int) -
                 logits[:, start:stop] = hidden @ part.t()
         if output.bias is not None:
             logits += output.bias
-        if output.softcap is not None:
-            logits.div_(output.softcap).tanh_().mul_(output.softcap)
         yield _Part(chosen, targets[begin : begin + most], hidden, logits, step)
 
 
@@ -155,23 +148,21 @@ class _TokenLoss(torch.autograd.Function):
     def forward(
         ctx: Any, rows: Any, output: Output, places: Any, targets: Any, divisor: float, scratch: int
     ) -> Any:
-        total = 0.0
-        wanted = ctx.needs_input_grad[0]
-        made = rows.new_empty(len(places), rows.shape[1]) if wanted else None
-        done = 0
+        # Where most places are learnt, the gradient is made where it is wanted in the end.
+        spread = 2 * len(places) >= len(rows)
+        made = None
+        if ctx.needs_input_grad[0]:
+            made = torch.zeros_like(rows) if spread else rows.new_empty(len(places), rows.shape[1])
+        total, done = 0.0, 0
         for part in _parts(rows, output, places, targets, scratch):
-            slope = _cap_slope(part.logits, output.softcap) if wanted and output.softcap else None
             total += float(part.losses().sum(dtype=torch.float64))
-            if made is None:
-                continue
-            error = part.error()
-            if slope is not None:
-                error *= slope
-            made[done : done + len(part.places)] = _back(error, output.weight, rows.dtype, part.step)
-            done += len(part.places)
+            if made is not None:
+                at = part.places if spread else slice(done, done + len(part.places))
+                made[at] = _back(part.error(), output.weight, rows.dtype, part.step).to(rows.dtype)
+                done += len(part.places)
         # Not saved as tensors: nothing that packs activations may touch a gradient. It is divided last, so
         # that half precision holds it.
-        ctx.made, ctx.places, ctx.shape, ctx.divisor = made, places, rows.shape, divisor
+        ctx.made, ctx.spread, ctx.places, ctx.rows, ctx.divisor = made, spread, places, len(rows), divisor
         return torch.tensor(total / divisor, dtype=torch.float32, device=rows.device)
 
     @staticmethod
@@ -179,9 +170,12 @@ class _TokenLoss(torch.autograd.Function):
         made, ctx.made = ctx.made, None
         if made is None:
             raise RuntimeError("the loss was differentiated twice: its gradient is kept for once")
-        result = made.new_zeros(ctx.shape)
-        result[ctx.places] = made.mul_((grad / ctx.divisor).to(made.dtype))
-        return result, None, None, None, None, None
+        made.mul_((grad / ctx.divisor).to(made.dtype))
+        if not ctx.spread:
+            whole = made.new_zeros(ctx.rows, made.shape[1])
+            whole[ctx.places] = made
+            made = whole
+        return made, None, None, None, None, None
 
 
 def _back(error: Any, weight: FrozenWeight, dtype: Any, step: int) -> Any:
@@ -191,8 +185,3 @@ def _back(error: Any, weight: FrozenWeight, dtype: Any, step: int) -> Any:
         part = error[:, start:stop].to(dtype) @ rows
         total = part.float() if total is None else total.add_(part)
     return total
-
-
-def _cap_slope(logits: Any, cap: float) -> Any:
-    """Derivative of cap · tanh(z / cap), from its value."""
-    return logits.div(cap).square_().neg_().add_(1.0)

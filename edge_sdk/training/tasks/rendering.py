@@ -72,8 +72,8 @@ class Renderer:
                 raise self._bad(
                     sample,
                     f"the chat template writes turn {place + 1} so that it cannot be told from the others",
-                    "mark the assistant's turns in the template with {% generation %}, or split the chat into "
-                    "rows that end with one answer each",
+                    "mark the assistant's turns in the template with {% generation %}, or split the chat "
+                    "into rows that end with one answer each",
                 )
             yield len(before), end
 
