@@ -23,6 +23,8 @@ from edge_sdk.updates.keys import Adapter, lora_keys, part_sizes
 
 __all__ = ["write_peft"]
 
+_PEFT_TASKS = {"classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
+
 
 def write_peft(
     folder: Path,
@@ -32,11 +34,12 @@ def write_peft(
     lora: LoraShape,
     base: str,
     labels: tuple[str, ...],
+    task: str = "classification",
     card: str = "",
 ) -> Path:
     """Writes config, weights and a model card; replaces an older folder at once. Returns ``folder``.
 
-    ``card``: what to tell of the run, Markdown, below the card's own lines. Raises ContainerError for an
+    ``labels``: of classification. ``card``: what to tell of the run, Markdown, below the card's own lines. Raises ContainerError for an
     adapter that is not whole.
     """
     tensors = _tensors(adapter, shape, lora)
@@ -44,10 +47,11 @@ def write_peft(
     building = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
         save_file(tensors, building / "adapter_model.safetensors", metadata={"format": "pt"})
-        config = json.dumps(_config(shape, lora, base), indent=2, sort_keys=True)
+        config = json.dumps(_config(shape, lora, base, task), indent=2, sort_keys=True)
         (building / "adapter_config.json").write_text(config + "\n")
-        (building / "labels.json").write_text(json.dumps(list(labels), indent=2) + "\n")
-        (building / "README.md").write_text(_card(lora, base, labels, card))
+        if labels:
+            (building / "labels.json").write_text(json.dumps(list(labels), indent=2) + "\n")
+        (building / "README.md").write_text(_card(lora, base, labels, task, card))
         building.chmod(0o755)
         for path in building.iterdir():
             with path.open("rb") as file:
@@ -95,11 +99,11 @@ def _tensors(adapter: Adapter, shape: ModelShape, lora: LoraShape) -> dict[str, 
     return tensors
 
 
-def _config(shape: ModelShape, lora: LoraShape, base: str) -> dict[str, object]:
+def _config(shape: ModelShape, lora: LoraShape, base: str, task: str) -> dict[str, object]:
     modules = "|".join(re.escape(module.name) for module in shape.modules)
     return {
         "peft_type": "LORA",
-        "task_type": "SEQ_CLS",
+        "task_type": _PEFT_TASKS[task],
         "base_model_name_or_path": base,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
@@ -109,7 +113,7 @@ def _config(shape: ModelShape, lora: LoraShape, base: str) -> dict[str, object]:
         "inference_mode": True,
         # a pattern over whole paths: a name alone would hit the pooler's dense layer too
         "target_modules": rf"{re.escape(shape.layer_path)}\.\d+\.({modules})",
-        "modules_to_save": _saved_modules(shape),
+        "modules_to_save": _saved_modules(shape) or None,
     }
 
 
@@ -121,27 +125,33 @@ def _saved_modules(shape: ModelShape) -> list[str]:
     return sorted((heads - {base}) | inner)
 
 
-def _card(lora: LoraShape, base: str, labels: tuple[str, ...], more: str) -> str:
+def _card(lora: LoraShape, base: str, labels: tuple[str, ...], task: str, more: str) -> str:
+    classifies = task == "classification"
+    kind = "AutoModelForSequenceClassification" if classifies else "AutoModelForCausalLM"
+    told = "causal language modelling"
+    if classifies:
+        told = f"sequence classification, {len(labels)} labels, in order: {', '.join(labels)}"
     lines = [
         "---",
         "library_name: peft",
         f"base_model: {json.dumps(base)}",
-        "pipeline_tag: text-classification",
+        f"pipeline_tag: {'text-classification' if classifies else 'text-generation'}",
         "tags: [lora, federated-learning]",
         "---",
         "",
         "# LoRA adapter, trained by a fleet of devices",
         "",
         f"- Base model: `{base}`",
-        f"- Task: sequence classification, {len(labels)} labels, in order: {', '.join(labels)}",
-        f"- LoRA: rank {lora.rank}, alpha {lora.alpha:g}, scaling alpha / rank; the task head is included",
+        f"- Task: {told}",
+        f"- LoRA: rank {lora.rank}, alpha {lora.alpha:g}, scaling alpha / rank"
+        + ("; the task head is included" if classifies else ""),
         "",
         "```python",
         "from peft import PeftModel",
-        "from transformers import AutoModelForSequenceClassification",
+        f"from transformers import {kind}",
         "",
-        "base = AutoModelForSequenceClassification.from_pretrained(",
-        f"    {json.dumps(base)}, num_labels={len(labels)}",
+        f"base = {kind}.from_pretrained(",
+        f"    {json.dumps(base)}{f', num_labels={len(labels)}' if classifies else ''}",
         ")",
         'model = PeftModel.from_pretrained(base, "path/of/this/folder")',
         "```",
