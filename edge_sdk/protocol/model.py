@@ -33,6 +33,8 @@ class LoraModule(Record, frozen=True, kw_only=True):
     name: Text
     inputs: Positive
     outputs: Positive
+    transposed: bool = False
+    """The base holds its weight as (in, out); an exported adapter must say so."""
 
 
 class DensePart(Record, frozen=True, kw_only=True):
@@ -53,6 +55,8 @@ class ModelShape(Record, frozen=True, kw_only=True):
     hidden: Positive
     intermediate: Positive
     heads: Positive
+    kv_heads: NotNegative = 0
+    """Heads of keys and values; 0: as many as ``heads``."""
     vocabulary: Positive
     layer_path: Text
     """Path of the list of transformer layers in the model, ``bert.encoder.layer`` say."""

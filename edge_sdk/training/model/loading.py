@@ -1,289 +1,317 @@
-"""The resident model: a sequence classifier with LoRA in every layer, whose adapter can be set and read.
+"""Loads a base layer by layer: built empty, filled tensor by tensor, each held at once as it is to stay.
 
-The base stays in fp32 and frozen. What is tuned is named by part keys (``edge_sdk.updates``): LoRA factors
-slot-major, A (rank, in) and B transposed (rank, out), and the dense parts of the head, (rows, rest).
+At no time is more in memory than what stays, and one tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import logging
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from edge_sdk.data.base_files import weight_files
-from edge_sdk.errors import BaseModelError, ContainerError
+from edge_sdk.errors import BaseModelError
 from edge_sdk.protocol.model import DensePart, LoraModule, LoraShape, ModelShape
+from edge_sdk.training.model.building import build_empty, read_config
+from edge_sdk.training.model.checkpoint import Checkpoint, Entry, assign_names
+from edge_sdk.training.model.frozen import FP32, BasePrecision, EmbeddingWeight, FrozenEmbedding, FrozenLinear
+from edge_sdk.training.model.heads import (
+    check_causal,
+    check_classifier,
+    head_modules,
+    is_head,
+    single_precision,
+)
 from edge_sdk.training.model.linear import LoraLinear
-from edge_sdk.training.precision.weights import Dense
-from edge_sdk.updates.keys import Adapter
+from edge_sdk.training.model.structure import find_layers, linears_of, lora_modules, turned
+from edge_sdk.training.model.tunable import TunableModel
+from edge_sdk.training.precision.weights import Dense, FrozenWeight
 
-__all__ = ["TunableModel", "load_model"]
+__all__ = ["load_model"]
 
-_HEADS = ("classifier", "pre_classifier")
-"""Modules that are the task's own: trained whole, whether or not the checkpoint carries them."""
-
-
-@dataclass
-class TunableModel:
-    """A model with its tunable parts by key. Attributes: ``parts`` maps a part key to its parameter."""
-
-    net: Any
-    shape: ModelShape
-    lora: LoraShape
-    layers: Any
-    parts: dict[str, Any]
-    device: torch.device
-
-    def check_length(self, max_length: int) -> None:
-        """Raises BaseModelError where the model has no positions for so many tokens."""
-        for name, module in self.net.named_modules():
-            if isinstance(module, nn.Embedding) and name.endswith("position_embeddings"):
-                # RoBERTa counts positions from behind the padding token's own
-                longest = module.num_embeddings - (
-                    0 if module.padding_idx is None else module.padding_idx + 1
-                )
-                if max_length > longest:
-                    raise BaseModelError(
-                        f"max_length is {max_length}, this base model takes {longest} tokens at most",
-                        "lower training.max_length in run.toml",
-                    )
-
-    def encode(self, ids: Any, mask: Any) -> Any:
-        """The head's input: the last layer's output at the first token, (batch, 1, hidden)."""
-        base = getattr(self.net, self.net.base_model_prefix)
-        return base(input_ids=ids, attention_mask=mask).last_hidden_state[:, :1]
-
-    def head(self, first: Any) -> Any:
-        """Logits (batch, labels) from what ``encode`` gives."""
-        base = getattr(self.net, self.net.base_model_prefix)
-        if getattr(base, "pooler", None) is not None:
-            return self.net.classifier(base.pooler(first))
-        if hasattr(self.net, "pre_classifier"):
-            return self.net.classifier(torch.relu(self.net.pre_classifier(first[:, 0])))
-        return self.net.classifier(first)
-
-    def logits(self, ids: Any, mask: Any) -> Any:
-        return self.head(self.encode(ids, mask))
-
-    def set_depth(self, depth: int) -> list[str]:
-        """Tunes the top ``depth`` layers and the head, freezes the rest; returns the tuned keys.
-
-        Frozen LoRA still counts in the forward pass; without a gradient there is nothing that an
-        optimizer or its weight decay could move.
-        """
-        if not 0 <= depth <= self.shape.layers:
-            raise ValueError(f"LoRA depth {depth} is outside 0..{self.shape.layers}")
-        tuned = []
-        for key, parameter in self.parts.items():
-            layer = _layer_of(key)
-            wanted = layer is None or layer >= self.shape.layers - depth
-            parameter.requires_grad_(wanted)
-            parameter.grad = None
-            if wanted:
-                tuned.append(key)
-        return tuned
-
-    def set_adapter(self, adapter: Adapter) -> None:
-        """Copies every part into the model, exactly. Raises ContainerError where parts or shapes differ."""
-        if adapter.keys() != self.parts.keys():
-            odd = sorted(adapter.keys() ^ self.parts.keys())
-            raise ContainerError(
-                f"the adapter's parts are not this model's: {len(odd)} differ, {odd[0]} first",
-                "the version belongs to another base, LoRA shape or label set",
-            )
-        with torch.no_grad():
-            for key, parameter in self.parts.items():
-                value = torch.tensor(adapter[key], dtype=torch.float32)
-                stored = _stored_shape(key, parameter)
-                if tuple(value.shape) != stored:
-                    raise ContainerError(f"part {key} is {tuple(value.shape)}, the model's is {stored}")
-                parameter.copy_(value.t() if key.endswith(".B") else value.reshape(parameter.shape))
-
-    def adapter(self, keys: list[str] | None = None) -> Adapter:
-        """The model's parts as they are now, slot-major, float32, owned by the caller."""
-        result: Adapter = {}
-        for key in self.parts if keys is None else keys:
-            value = self.parts[key].detach()
-            value = value.t() if key.endswith(".B") else value.reshape(_stored_shape(key, value))
-            result[key] = value.cpu().contiguous().clone().numpy()
-        return result
+_log = logging.getLogger(__name__)
 
 
-def _layer_of(key: str) -> int | None:
-    return None if key.startswith("dense.") else int(key.split(".", 1)[0])
+def load_model(
+    folder: Path,
+    labels: tuple[str, ...],
+    lora: LoraShape,
+    device: Any,
+    *,
+    task: str = "classification",
+    precision: BasePrecision = FP32,
+    layers: str = "",
+) -> TunableModel:
+    """Loads the base in ``folder`` and puts LoRA into the linears of its layers.
 
-
-def _stored_shape(key: str, parameter: Any) -> tuple[int, ...]:
-    shape = tuple(parameter.shape)
-    if key.startswith("dense."):
-        return (shape[0], int(np.prod(shape[1:]))) if len(shape) > 1 else (1, shape[0])
-    return shape[::-1] if key.endswith(".B") else shape
-
-
-def load_model(folder: Path, labels: tuple[str, ...], lora: LoraShape, device: Any) -> TunableModel:
-    """Loads the base in ``folder`` and puts LoRA into every linear of its layers.
+    Args:
+        labels: of a classifier, in the order of the head's outputs.
+        task: ``classification`` or ``causal-lm``.
+        precision: what the base is held in.
+        layers: path of the list of transformer layers; "": it is found.
 
     Raises:
-        BaseModelError: no safetensors, not a sequence classifier, or of a structure that is not known.
+        BaseModelError: no safetensors, weights that do not fit the config, not of the task's kind, or of a
+            structure that is not known.
     """
-    weight_files(folder)  # refuses pickles
-    with _quiet():
-        try:
-            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            config.num_labels = len(labels)
-            net, info = AutoModelForSequenceClassification.from_pretrained(
-                folder, config=config, local_files_only=True, use_safetensors=True, trust_remote_code=False,
-                attn_implementation="sdpa", ignore_mismatched_sizes=True, output_loading_info=True,
-            )  # fmt: skip
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise BaseModelError(
-                f"the base model in {folder} cannot be loaded as a sequence classifier: {_first_line(error)}",
-                "BERT, RoBERTa and DistilBERT shapes are known to work; check config.json",
-            ) from error
-    # transformers keeps the checkpoint's dtype; fp32 holds fp16 and bf16 exactly
-    net = net.float().eval()
-    for module in net.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    net.requires_grad_(False)
+    checkpoint = Checkpoint.open(folder)  # refuses pickles
+    config = read_config(folder, labels, task)
+    net, attention = build_empty(config, folder, task)
+    path, stack = find_layers(net, config.num_hidden_layers, layers)
+    modules = lora_modules(stack, lora)
+    parameters = sum(p.numel() for p in net.parameters())
+    intermediate = _intermediate(config, stack[0])
 
-    path, layers = _find_layers(net, config.num_hidden_layers)
-    modules = _lora_modules(layers, lora)
-    fresh = _fresh_names(info)
-    dense = _head_names(net, fresh, folder)
+    filling = _Filling(net, path, precision, torch.device(device))
+    fresh = filling.fill(checkpoint)
+    dense = _dense_names(net, fresh) if task == "classification" else []
+    base_bytes = filling.hold(modules, lora)
+    if precision.dtype != torch.float32:
+        single_precision(net)
+
     shape = ModelShape(
         family=config.model_type,
-        layers=len(layers),
+        layers=len(stack),
         hidden=config.hidden_size,
-        intermediate=max(m.outputs for m in _linears(layers[0])),
+        intermediate=intermediate,
         heads=config.num_attention_heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
         vocabulary=config.vocab_size,
         layer_path=path,
         modules=modules,
         dense=tuple(DensePart(name=name, shape=tuple(net.get_parameter(name).shape)) for name in dense),
-        parameters=sum(p.numel() for p in net.parameters()),
-        base_bytes=sum(p.numel() * p.element_size() for p in net.parameters()),
+        parameters=parameters,
+        base_bytes=base_bytes,
     )
-    parts: dict[str, Any] = {}
-    for i, layer in enumerate(layers):
-        for m in modules:
-            linear = _with_lora(layer, m.name, lora)
-            parts[f"{i}.{m.name}.A"], parts[f"{i}.{m.name}.B"] = linear.A, linear.B
-    net.to(device)
-    for name in dense:
-        parts[f"dense.{name}"] = net.get_parameter(name)
-    model = TunableModel(net, shape, lora, layers, parts, torch.device(device))
-    model.set_depth(0)
-    _check_head(model, folder)
+    linears = {f"{i}.{m.name}": layer.get_submodule(m.name) for i, layer in enumerate(stack) for m in modules}
+    parts = {f"{key}.{factor}": getattr(linear, factor) for key, linear in linears.items() for factor in "AB"}
+    parts.update({f"dense.{name}": net.get_parameter(name) for name in dense})
+    model = TunableModel(
+        net, shape, lora, stack, linears, parts, torch.device(device),
+        task=task, precision=precision.word, attention=attention,
+    )  # fmt: skip
+    if task == "causal-lm":
+        output = net.get_output_embeddings()
+        model.output_weight = output.frozen if isinstance(output, FrozenLinear) else Dense(output.weight)
+        model.output_bias = output.bias
+    model.tune(0)
+    _check(model)
+    _install_blocks(model)
     return model
 
 
-def _find_layers(net: Any, expected: int) -> tuple[str, Any]:
-    found = [
-        (name, module)
-        for name, module in net.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) == expected
-        and len({type(child) for child in module}) == 1
-        and len(_linears(module[0])) >= 4
-    ]
-    if len(found) != 1:
-        raise BaseModelError(
-            f"a {type(net).__name__} has {len(found)} lists of {expected} transformer layers, not one",
-            "BERT, RoBERTa and DistilBERT shapes are known to work",
-        )
-    return found[0]
+def _check(model: TunableModel) -> None:
+    if model.task == "classification":
+        check_classifier(model.net, model.logits, model.device)
+    else:
+        check_causal(model.net, model.next_logits, model.device)
 
 
-def _linears(layer: Any) -> tuple[LoraModule, ...]:
-    return tuple(
-        LoraModule(name=name, inputs=module.in_features, outputs=module.out_features)
-        for name, module in layer.named_modules()
-        if isinstance(module, nn.Linear)
-    )
-
-
-def _lora_modules(layers: Any, lora: LoraShape) -> tuple[LoraModule, ...]:
-    every = _linears(layers[0])
-    if any(_linears(layer) != every for layer in layers):
-        raise BaseModelError(
-            "the transformer layers differ in their linears", "this structure is not supported"
-        )
-    if lora.targets == ("all-linear",):
-        return every
-    chosen = tuple(m for m in every if m.name in lora.targets or m.name.rsplit(".", 1)[-1] in lora.targets)
-    for target in lora.targets:
-        if not any(target in (m.name, m.name.rsplit(".", 1)[-1]) for m in every):
-            raise BaseModelError(
-                f"no linear of a layer is called {target!r}",
-                f"lora.targets may name {', '.join(m.name for m in every)}, or be all-linear",
-            )
-    return chosen
-
-
-def _with_lora(layer: Any, name: str, lora: LoraShape) -> LoraLinear:
-    linear = layer.get_submodule(name)
-    made = LoraLinear(Dense(linear.weight), linear.bias, rank=lora.rank, scaling=lora.scaling)
-    parent, _, last = name.rpartition(".")
-    setattr(layer.get_submodule(parent), last, made)
-    return made
-
-
-def _fresh_names(info: dict[str, Any]) -> set[str]:
-    mismatched = {entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]}
-    return set(info["missing_keys"]) | mismatched
-
-
-def _head_names(net: Any, fresh: set[str], folder: Path) -> list[str]:
-    pooler = f"{net.base_model_prefix}.pooler."
-    names = [n for n, _ in net.named_parameters() if n.split(".", 1)[0] in _HEADS or n in fresh]
-    strange = [n for n in names if n.split(".", 1)[0] not in _HEADS and not n.startswith(pooler)]
-    if strange:
-        raise BaseModelError(
-            f"the checkpoint in {folder} lacks {len(strange)} weights of the encoder, {strange[0]} first",
-            "the file is incomplete, or config.json belongs to another model",
-        )
-    if not any(n.split(".", 1)[0] in _HEADS for n in names):
-        raise BaseModelError(f"a {type(net).__name__} has no classifier that is known here")
-    return names
-
-
-def _check_head(model: TunableModel, folder: Path) -> None:
-    """The head must read nothing but the first token: what head-only training caches."""
-    ids = torch.arange(5, 13, device=model.device).remainder(model.shape.vocabulary).unsqueeze(0)
-    mask = torch.ones_like(ids)
-    with torch.no_grad():
-        whole = model.net(input_ids=ids, attention_mask=mask).logits
-        if not torch.allclose(whole, model.logits(ids, mask), atol=1e-5, rtol=1e-4):
-            raise BaseModelError(
-                f"the head of {type(model.net).__name__} in {folder} reads more than the first token",
-                "BERT, RoBERTa and DistilBERT shapes are known to work",
-            )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """A missing head is expected here and told by the shape; transformers' report of it is noise."""
-    logging = transformers.utils.logging
-    level = logging.get_verbosity()
-    bar = logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+def _install_blocks(model: TunableModel) -> None:
     try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()
+        from edge_sdk.training.activations.blocks import install_blocks
+    except ImportError:
+        return
+    model.blocks = install_blocks(model.layers)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+def _intermediate(config: Any, layer: Any) -> int:
+    """Width of the feed-forward block; where the config has no known word for it, the widest linear's."""
+    for name in ("intermediate_size", "hidden_dim", "n_inner", "ffn_dim"):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return max(m.outputs for m in linears_of(layer))
+
+
+def _dense_names(net: Any, fresh: set[str]) -> list[str]:
+    """The head's weights, which are trained whole, and a pooler's that the checkpoint lacks."""
+    heads = head_modules(net)
+    if not heads:
+        raise BaseModelError(f"a {type(net).__name__} has no classifier that is known here")
+    return [name for name, _ in net.named_parameters() if name.split(".", 1)[0] in heads or name in fresh]
+
+
+class _Filling:
+    """Gives an empty model its weights."""
+
+    def __init__(self, net: Any, layer_path: str, precision: BasePrecision, device: Any) -> None:
+        self.net, self.precision, self.device = net, precision, device
+        self._words = net.get_input_embeddings()
+        self._output = net.get_output_embeddings()
+        self._linears: dict[int, str] = {}
+        for number, layer in enumerate(net.get_submodule(layer_path)):
+            for linear in linears_of(layer):
+                self._linears[id(layer.get_submodule(linear.name))] = f"{number}.{linear.name}"
+        self._layers = net.get_submodule(layer_path)
+        self._held: dict[str, FrozenWeight] = {}
+        self._tied: dict[str, list[str]] = defaultdict(list)
+        """By each name all names of the same tensor."""
+        groups: dict[int, list[str]] = defaultdict(list)
+        for name, parameter in net.named_parameters(remove_duplicate=False):
+            groups[id(parameter)].append(name)
+            self._tied[name] = groups[id(parameter)]
+
+    def fill(self, checkpoint: Checkpoint) -> set[str]:
+        """Fills all there is; returns the head's names that the checkpoint lacks. Raises BaseModelError."""
+        places = set(self.net.state_dict())
+        found = assign_names(checkpoint, self.net, places)
+        self._untie(found)
+        for place, entry in sorted(found.items(), key=lambda kv: (kv[1].path, kv[1].tensor.begin)):
+            wanted = tuple(_tensor(self.net, place).shape)
+            if entry.tensor.shape == wanted:
+                self._put(place, entry.read().to(self.device))
+            elif not is_head(self.net, place):
+                raise BaseModelError(
+                    f"tensor {entry.tensor.name!r} in {checkpoint.folder} is {entry.tensor.shape}, "
+                    f"the model of its config.json has {wanted}",
+                    "config.json belongs to another model",
+                )
+        return self._begin_head(checkpoint)
+
+    def _untie(self, found: dict[str, Entry]) -> None:
+        """Tensors that the config ties and the checkpoint has twice stay tied where they are the same."""
+        for names in {id(group): group for group in self._tied.values() if len(group) > 1}.values():
+            twice = [name for name in names if name in found]
+            first = twice[0] if twice else ""
+            for name in twice[1:]:
+                same = found[name].tensor.dtype == found[first].tensor.dtype
+                if same and found[name].digest() == found[first].digest():
+                    del found[name]
+                    continue
+                _log.warning("%s stays apart from %s, which the config ties it to", name, first)
+                owner, last = _owner(self.net, name)
+                setattr(owner, last, nn.Parameter(getattr(owner, last).clone(), requires_grad=False))
+                names.remove(name)
+                self._tied[name] = [name]
+
+    def _put(self, place: str, values: Any) -> None:
+        """Holds a tensor as it is to stay, at every place that it is tied to."""
+        owner, last = _owner(self.net, place)
+        if last in owner._buffers:
+            owner._buffers[last] = values.to(owner._buffers[last].dtype)
+        elif id(owner) in self._linears and last == "weight" and self._is_packed:
+            key = self._linears[id(owner)]
+            self._held[key] = self.precision.weight(key, turned(owner, values))
+            setattr(owner, last, None)
+        elif not (self._is_vocabulary(place) and self._put_packed(place, values)):
+            dtype = torch.float32 if is_head(self.net, place) and not self._is_vocabulary(place) else None
+            parameter = nn.Parameter(values.to(dtype or self.precision.dtype), requires_grad=False)
+            for name in self._tied[place]:
+                module, last = _owner(self.net, name)
+                setattr(module, last, parameter)
+
+    @property
+    def _is_packed(self) -> bool:
+        return self.precision.make_weight is not None
+
+    def _is_vocabulary(self, place: str) -> bool:
+        owners = [_owner(self.net, name) for name in self._tied[place]]
+        return any(o in (self._words, self._output) and last == "weight" for o, last in owners)
+
+    def _put_packed(self, place: str, values: Any) -> bool:
+        """An embedding or output layer as the precision makes it; False: it is left to be held whole."""
+        make = self.precision.make_embedding
+        frozen = make(place, values) if make else None
+        if frozen is None:
+            return False
+        made: dict[str, nn.Module] = {}
+        for name in self._tied[place]:
+            owner, _ = _owner(self.net, name)
+            made[name] = (
+                self._embedding(owner, frozen, values)
+                if isinstance(owner, nn.Embedding)
+                else FrozenLinear(frozen, owner.bias)
+            )
+        for name, module in made.items():
+            parent, last = _owner(self.net, name.rpartition(".")[0])
+            setattr(parent, last, module)
+            self._tied.pop(name)
+        return True
+
+    def _embedding(self, owner: Any, frozen: EmbeddingWeight, values: Any) -> FrozenEmbedding:
+        """Raises BaseModelError where the embedding does more than to look up rows and to scale them."""
+        scale = getattr(owner, "embed_scale", None)
+        if scale is not None and not torch.is_tensor(scale):
+            scale = torch.tensor(float(scale))
+        ids = torch.arange(min(4, len(values)), device=self.device)
+        few = values[ids].to(self.precision.dtype)
+        owner.weight = nn.Parameter(few, requires_grad=False)
+        with torch.no_grad():
+            whole = owner.to(self.device)(ids)
+        if not torch.equal(whole, few if scale is None else few * scale.to(self.device, few.dtype)):
+            raise BaseModelError(
+                f"a {type(owner).__name__} does more than to look up rows: it cannot be held in 8 bits",
+                "choose a base precision that leaves embeddings as they are",
+            )
+        return FrozenEmbedding(frozen, self.precision.dtype, scale)
+
+    def _begin_head(self, checkpoint: Checkpoint) -> set[str]:
+        """First values of what the checkpoint lacks, where that is the head's; a run's replace them."""
+        missing = {n for n, p in self.net.named_parameters(remove_duplicate=False) if p.device.type == "meta"}
+        output = {n for n in missing if _owner(self.net, n)[0] is self._output}
+        lacking = sorted(n for n in missing if n in output or not is_head(self.net, n))
+        if lacking:
+            raise BaseModelError(
+                f"the checkpoint in {checkpoint.folder} lacks {len(lacking)} weights of the model: "
+                f"{', '.join(lacking[:3])}",
+                "the file is incomplete, or config.json belongs to another model",
+            )
+        draw = torch.Generator().manual_seed(0)
+        for name in sorted(missing):
+            owner, last = _owner(self.net, name)
+            values = torch.zeros(getattr(owner, last).shape)
+            if values.dim() > 1:
+                values.normal_(0.0, 0.02, generator=draw)
+            elif not name.endswith("bias"):
+                values.fill_(1.0)
+            setattr(owner, last, nn.Parameter(values.to(self.device), requires_grad=False))
+        return missing
+
+    def hold(self, modules: tuple[LoraModule, ...], lora: LoraShape) -> int:
+        """Puts LoRA into the linears and moves what is left to the device; returns the base's bytes."""
+        chosen = {m.name for m in modules}
+        for number, layer in enumerate(self._layers):
+            for found in linears_of(layer):
+                linear, key = layer.get_submodule(found.name), f"{number}.{found.name}"
+                frozen = self._held.pop(key, None)
+                made: nn.Module
+                if found.name in chosen:
+                    weight = frozen or self.precision.weight(key, turned(linear, linear.weight))
+                    made = LoraLinear(weight, linear.bias, rank=lora.rank, scaling=lora.scaling)
+                elif frozen is not None:
+                    made = FrozenLinear(frozen, linear.bias)
+                else:
+                    continue
+                parent, last = _owner(layer, found.name)
+                setattr(parent, last, made)
+        self.net.to(self.device)
+        return _bytes(self.net)
+
+
+def _owner(net: Any, name: str) -> tuple[Any, str]:
+    path, _, last = name.rpartition(".")
+    return net.get_submodule(path), last
+
+
+def _tensor(net: Any, name: str) -> Any:
+    owner, last = _owner(net, name)
+    return getattr(owner, last)
+
+
+def _bytes(net: Any) -> int:
+    """Bytes of the weights as they are held; LoRA is not of the base."""
+    total, seen = 0, set()
+    adapted = {id(t) for m in net.modules() if isinstance(m, LoraLinear) for t in (m.A, m.B)}
+    packed = {id(p) for m in net.modules() if isinstance(m, FrozenWeight) for p in m.parameters()}
+    for module in net.modules():
+        if isinstance(module, FrozenWeight) and id(module) not in seen:
+            seen.add(id(module))
+            total += module.nbytes
+    for parameter in net.parameters():
+        if id(parameter) not in adapted | packed:
+            total += parameter.numel() * parameter.element_size()
+    return total
