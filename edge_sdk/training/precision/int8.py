@@ -6,12 +6,15 @@ layout) it is 0.9 %, and outliers spread over the row.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from edge_sdk.training.precision import kernels
 from edge_sdk.training.precision.packed import BLOCK, PackedWeight, row_blocks
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["Int8"]
 
@@ -23,7 +26,7 @@ class Int8(PackedWeight):
     per_byte = 1
 
     @classmethod
-    def encode(cls, weight: Any, device: Any = "cpu") -> Int8:
+    def encode(cls, weight: Any, device: Any = "cpu") -> Self:
         """From W (out, in) of any floating dtype, a block of rows at a time."""
         out, width = weight.shape
         blocks = -(-width // BLOCK)

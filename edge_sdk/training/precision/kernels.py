@@ -32,32 +32,30 @@ _QUICKER = {("nf4", "cpu"), ("nf4", "cuda"), ("int8", "cuda")}
 _TRIAL = """
 import json, logging, sys
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-word, device, levels = json.loads(sys.argv[1])
+device, levels = json.loads(sys.argv[1])
 import torch
 torch.set_num_threads(1)
 import bitsandbytes
 from bitsandbytes.cextension import lib
 if "Mock" in type(lib).__name__:
     sys.exit("its native library does not load here")
-scales = torch.ones(8 if word == "nf4" else 4, dtype=torch.float32, device=device)
+scales = torch.ones(8, dtype=torch.float32, device=device)
 codes = torch.arange(256, dtype=torch.uint8, device=device)
-if word == "nf4":
-    made = torch.ops.bitsandbytes.dequantize_4bit(codes, scales, 64, "nf4", (8, 64), torch.float32)
-    table = torch.tensor(levels)
-    wanted = torch.stack([table.repeat_interleave(16), table.repeat(16)], 1)
-else:
-    table = torch.arange(-128.0, 128.0)
-    made = torch.ops.bitsandbytes.dequantize_blockwise(codes, scales, table.to(device), 64, torch.float32)
-    wanted = table
-if not torch.equal(made.cpu().flatten(), wanted.flatten()):
-    sys.exit("it decodes to other values than it should")
+pairs = torch.ops.bitsandbytes.dequantize_4bit(codes, scales, 64, "nf4", (8, 64), torch.float32)
+table = torch.tensor(levels)
+if not torch.equal(pairs.cpu().flatten(), torch.stack([table.repeat_interleave(16), table.repeat(16)], 1).flatten()):
+    sys.exit("its NF4 is another than it should be")
+table = torch.arange(-128.0, 128.0)
+bytes = torch.ops.bitsandbytes.dequantize_blockwise(codes, scales[:4], table.to(device), 64, torch.float32)
+if not torch.equal(bytes.cpu(), table):
+    sys.exit("its int8 is another than it should be")
 print(bitsandbytes.__version__)
-"""
+"""  # noqa: E501
 
 
 def implementation(word: str, device: Any) -> str:
     """What decodes ``word`` on ``device``: ``torch``, or ``bitsandbytes`` with its version."""
-    return _version_of(word, device) if uses_bitsandbytes(word, device) else "torch"
+    return f"bitsandbytes {_trial(device.type)[0]}" if uses_bitsandbytes(word, device) else "torch"
 
 
 def uses_bitsandbytes(word: str, device: Any) -> bool:
@@ -69,15 +67,11 @@ def why_not(word: str, device: Any) -> str | None:
     """Why bitsandbytes does not decode ``word`` on ``device``; None: it does."""
     if (word, device.type) not in _QUICKER:
         return f"torch decodes {word} on {device.type} at least as quickly"
-    return _trial(word, device.type)[1]
-
-
-def _version_of(word: str, device: Any) -> str:
-    return f"bitsandbytes {_trial(word, device.type)[0]}"
+    return _trial(device.type)[1]
 
 
 @cache
-def _trial(word: str, kind: str) -> tuple[str, str | None]:
+def _trial(kind: str) -> tuple[str, str | None]:
     """Version, and why it does not run."""
     from edge_sdk.training.precision.nf4 import LEVELS
 
@@ -85,7 +79,7 @@ def _trial(word: str, kind: str) -> tuple[str, str | None]:
         return "", "it is not installed"
     try:
         tried = subprocess.run(
-            [sys.executable, "-c", _TRIAL, json.dumps([word, kind, LEVELS])],
+            [sys.executable, "-c", _TRIAL, json.dumps([kind, LEVELS])],
             capture_output=True, text=True, timeout=_TIMEOUT_S, check=False,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
@@ -95,7 +89,7 @@ def _trial(word: str, kind: str) -> tuple[str, str | None]:
         return tried.stdout.split()[-1], None
     last = (tried.stderr.strip().splitlines() or ["no word said"])[-1][:300]
     reason = f"killed by signal {-tried.returncode}" if tried.returncode < 0 else last
-    _log.warning("bitsandbytes is not used for %s on %s: %s", word, kind, reason)
+    _log.warning("bitsandbytes is not used on %s: %s", kind, reason)
     return "", reason
 
 

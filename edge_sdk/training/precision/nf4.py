@@ -7,12 +7,15 @@ so that its kernels read what is encoded here; where it does not run, torch's ow
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from edge_sdk.training.precision import kernels
 from edge_sdk.training.precision.packed import BLOCK, PackedWeight, row_blocks
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["LEVELS", "Nf4"]
 
@@ -32,7 +35,7 @@ class Nf4(PackedWeight):
     per_byte = 2
 
     @classmethod
-    def encode(cls, weight: Any, device: Any = "cpu") -> Nf4:
+    def encode(cls, weight: Any, device: Any = "cpu") -> Self:
         """From W (out, in) of any floating dtype, a block of rows at a time."""
         out, width = weight.shape
         blocks = -(-width // BLOCK)

@@ -52,8 +52,8 @@ class PackedWeight(FrozenWeight):
         made = self.decode(self.codes[rows, span], scales, dtype)
         return made[:, : columns.stop - columns.start]
 
-    def gather(self, index: Any, dtype: Any) -> Any:
-        """Rows by number: (n,) int -> (n, in)."""
+    def gather(self, index: Any, dtype: Any = torch.float32) -> Any:
+        """Rows by number, as an embedding reads them: (n,) int -> (n, in)."""
         made = self.decode(self.codes[index], self.block_scales(index, slice(None)), dtype)
         return made[:, : self.in_features]
 

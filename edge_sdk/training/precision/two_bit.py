@@ -9,11 +9,14 @@ weights: 0.338, 0.342, 0.353, 0.470, 0.378.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from edge_sdk.training.precision.packed import BLOCK, PackedWeight, row_blocks
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["TwoBit"]
 
@@ -36,7 +39,7 @@ class TwoBit(PackedWeight):
         self.register_buffer("levels", levels, persistent=False)
 
     @classmethod
-    def encode(cls, weight: Any, device: Any = "cpu") -> TwoBit:
+    def encode(cls, weight: Any, device: Any = "cpu") -> Self:
         """From W (out, in) of any floating dtype, a block of rows at a time."""
         out, width = weight.shape
         blocks = -(-width // BLOCK)
