@@ -92,6 +92,11 @@ class TrainSpec(Record, frozen=True, kw_only=True):
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     warmup_steps: NotNegative = 0
+    schedule: Word = "constant"
+    """Of the learning rate after the warm-up, within the round: ``constant``, or ``linear`` towards 0."""
+    prefix: Word = "exact"
+    """In which form a device may keep what enters the lowest tuned layer, over the round's epochs:
+    ``exact``, ``fp16`` or ``int8``. Whether and where it keeps it is its own affair."""
     dropout: Fraction = 0.0
     factors: Word = "AB"
     error_feedback: bool = True
@@ -121,4 +126,8 @@ class TrainSpec(Record, frozen=True, kw_only=True):
         words = {f"{kind.replace('_', '-')}:{getattr(self, kind)}" for kind in kinds}
         if self.error_feedback:
             words.add("error-feedback:on")
+        if self.schedule != "constant":
+            words.add(f"schedule:{self.schedule}")
+        if self.prefix != "exact":
+            words.add(f"prefix:{self.prefix}")
         return frozenset(words)

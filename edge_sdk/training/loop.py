@@ -3,34 +3,49 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from edge_sdk.errors import TrainerError
 from edge_sdk.protocol.spec import Candidate, TrainSpec
 from edge_sdk.training.activations.plan import PLAIN, Form, LayerPlan
 from edge_sdk.training.activations.store import ActivationStore
+from edge_sdk.training.checking import checked
 from edge_sdk.training.model import TunableModel
-from edge_sdk.training.optimizer import RoundOptimizer
+from edge_sdk.training.optimizer import LossScale, RoundOptimizer
+from edge_sdk.training.prefix import Prefix
+from edge_sdk.training.tasks.base import Batch, Task
 
-__all__ = ["Batch", "Trace", "accuracy", "train"]
+__all__ = ["StepDone", "Trace", "layer_plans", "train"]
 
-Batch = tuple[Any, Any, Any]
-"""Token ids, attention mask, labels; at depth 0: what the head reads, None, labels."""
+_RECENT = 8
+"""Steps whose mean time tells how long the rest will take."""
 
 
 @dataclass
 class Trace:
-    """Loss and seconds of every step, the whole training's seconds."""
+    """Loss and seconds of every step, the whole training's seconds; share of row visits whose frozen prefix
+
+    was read rather than computed."""
 
     losses: list[float] = field(default_factory=list)
     step_s: list[float] = field(default_factory=list)
     train_s: float = 0.0
+    prefix_read: float = 0.0
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """``number`` counts from 1; tokens without padding, None where features were trained on."""
+
+    number: int
+    loss: float
+    tokens_per_s: float | None
+    left_s: float
 
 
 def train(
@@ -39,76 +54,124 @@ def train(
     candidate: Candidate,
     spec: TrainSpec,
     *,
+    task: Task,
     check: Callable[[], None],
-    report: Callable[[int, float], None],
+    report: Callable[[StepDone], None],
+    generator: Any = None,
+    prefix: Prefix | None = None,
 ) -> Trace:
     """Trains ``candidate.steps`` steps of ``candidate.accumulation`` batches each.
 
+    The gradient of a step is that of the mean over all its targets, however they fall into batches.
+
     Args:
         batches: as many as are asked for; of features where the depth is 0.
-        check: called between batches; may raise to end the training.
-        report: called after every step with its number and loss.
+        check: called between batches and layers; may raise to end the training.
+        report: called after every step.
+        generator: on the model's device; draws what is rounded by chance.
+        prefix: reuse of the frozen layers, made for the rows of these batches.
 
     Raises:
         TrainerError: the loss is not finite.
+        MechanismError: the optimizer does not run here.
     """
     started = time.perf_counter()
-    optimizer = RoundOptimizer(model, model.set_depth(candidate.depth), spec)
-    bottom = model.shape.layers - candidate.depth
-    plans = _plans(list(model.layers[bottom:]), candidate)
-    store = ActivationStore(model.net.parameters()).over(plans) if plans else nullcontext()
     trace = Trace()
+    optimizer: RoundOptimizer | None = None
+    scale = LossScale() if _computes_in(model) == torch.float16 else None
     try:
-        with store:
+        optimizer = RoundOptimizer(
+            _tune(model, candidate, spec), spec, steps=candidate.steps, generator=generator
+        )
+        with ExitStack() as around:
+            around.enter_context(_store(model, candidate, generator))
+            around.enter_context(checked(model.layers, check))
+            around.enter_context(prefix.over() if prefix is not None else nullcontext())
             for step in range(candidate.steps):
                 begun = time.perf_counter()
-                total = 0.0
-                for _ in range(candidate.accumulation):
-                    check()
-                    inputs, mask, labels = next(batches)
-                    logits = model.head(inputs) if mask is None else model.logits(inputs, mask)
-                    loss = cross_entropy(logits, labels) / candidate.accumulation
-                    loss.backward()
-                    total += loss.item()
-                    del logits, loss
-                if total - total != 0.0:
+                loss, tokens = _gradients(model, batches, candidate, task, check, scale, prefix)
+                if loss - loss != 0.0:
                     raise TrainerError(
-                        f"the loss of step {step + 1} is {total}", "lower training.learning_rate in run.toml"
+                        f"the loss of step {step + 1} is {loss}", "lower training.learning_rate in run.toml"
                     )
-                optimizer.step()
-                trace.losses.append(total)
+                optimizer.step(scale)
+                trace.losses.append(loss)
                 trace.step_s.append(time.perf_counter() - begun)
-                report(step + 1, total)
+                report(_done(trace, tokens, candidate.steps))
         check()
     finally:
-        optimizer.close()
+        if optimizer is not None:
+            optimizer.close()
         model.set_depth(0)
+    if prefix is not None:
+        trace.prefix_read = prefix.read / max(1, prefix.read + prefix.computed)
     trace.train_s = time.perf_counter() - started
     return trace
 
 
-def _plans(tuned: list[Any], candidate: Candidate) -> dict[Any, LayerPlan]:
-    """By layer; the lowest are packed: their noise reaches the fewest gradients."""
+def layer_plans(model: TunableModel, candidate: Candidate) -> dict[Any, LayerPlan]:
+    """How each tuned layer keeps its activations, where not plainly.
+
+    The lowest are the quantized ones: their noise reaches the fewest gradients.
+    """
     form = Form(candidate.activation_bits, candidate.activation_rounding)  # type: ignore[arg-type]
     plans = {}
-    for i, layer in enumerate(tuned):
+    for i, layer in enumerate(model.layers[model.shape.layers - candidate.depth :]):
         plan = LayerPlan(form if i < candidate.quantized_layers else None, candidate.recompute)  # type: ignore[arg-type]
         if plan != PLAIN:
             plans[layer] = plan
     return plans
 
 
-def accuracy(
-    model: TunableModel, batches: Iterator[Batch], *, check: Callable[[], None], report: Callable[[int], None]
-) -> tuple[float, float, int]:
-    """Share of rows whose highest logit is the label, mean loss per row, rows."""
-    right, loss, rows = 0, 0.0, 0
-    with torch.inference_mode():
-        for inputs, mask, labels in batches:
-            check()
-            logits = model.head(inputs) if mask is None else model.logits(inputs, mask)
-            right += int((logits.argmax(1) == labels).sum())
-            loss += float(cross_entropy(logits, labels, reduction="sum"))
-            rows += len(labels)
-            report(rows)
-    return right / rows, loss / rows, rows
+def _store(model: TunableModel, candidate: Candidate, generator: Any) -> AbstractContextManager[None]:
+    plans = layer_plans(model, candidate)
+    if not plans:
+        return nullcontext()
+    return ActivationStore(model.net.parameters(), generator=generator).over(plans)
+
+
+def _tune(model: TunableModel, candidate: Candidate, spec: TrainSpec) -> Mapping[str, Any]:
+    """Makes what the candidate trains trainable; it, by part key."""
+    model.tune(candidate.depth, slots=candidate.slots, factors=spec.factors)
+    return model.trained()
+
+
+def _gradients(
+    model: TunableModel,
+    batches: Iterator[Batch],
+    candidate: Candidate,
+    task: Task,
+    check: Callable[[], None],
+    scale: LossScale | None,
+    prefix: Prefix | None,
+) -> tuple[float, int]:
+    """Gradients of one step; its loss and tokens."""
+    drawn = [next(batches) for _ in range(candidate.accumulation)]
+    count = sum(task.count(batch) for batch in drawn)
+    total, tokens = 0.0, 0
+    while drawn:
+        check()
+        batch = drawn.pop(0)
+        if prefix is not None:
+            prefix.expect(len(batch[0]))
+        loss = task.loss(model, batch, count)
+        (loss if scale is None else loss * scale.value).backward()
+        total += loss.item()
+        tokens += 0 if batch[1] is None else int(batch[1].sum())
+    return total, tokens
+
+
+def _done(trace: Trace, tokens: int, steps: int) -> StepDone:
+    recent = trace.step_s[-_RECENT:]
+    return StepDone(
+        number=len(trace.step_s),
+        loss=trace.losses[-1],
+        tokens_per_s=tokens / trace.step_s[-1] if tokens else None,
+        left_s=(steps - len(trace.step_s)) * sum(recent) / len(recent),
+    )
+
+
+def _computes_in(model: TunableModel) -> Any:
+    """The dtype of the residual stream: that of the norms and biases of a layer."""
+    kinds = [p.dtype for p in model.layers[-1].parameters() if p.dim() == 1 and p.is_floating_point()]
+    return kinds[0] if kinds else torch.float32

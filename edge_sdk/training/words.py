@@ -20,17 +20,23 @@ MECHANISMS: tuple[str, ...] = (
     *(f"codec:{name}" for name in sorted(CODEC_FORMS)),
     "error-adapter:none",
     "error-feedback:on",
+    "factors:A",
     "factors:AB",
+    "factors:B",
     "fold:none",
     "objective:cross_entropy",
     "optimizer:adamw",
+    "optimizer:adamw8bit",
     "optimizer:sgd",
     "padding:max_length",
     "phases:single",
+    "prefix:fp16",
+    "prefix:int8",
     "privacy:none",
     "recompute:none",
     "reinit:none",
     "rounding:nearest",
+    "schedule:linear",
 )
 
 

@@ -1,0 +1,43 @@
+"""Interrupts that take effect within a step: checks between layers, forward and backward."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+__all__ = ["checked"]
+
+_EVERY_S = 0.1
+"""A check reads the clock, and asks the caller no more often than this."""
+
+
+@contextmanager
+def checked(layers: Iterable[Any], check: Callable[[], None], every_s: float = _EVERY_S) -> Iterator[None]:
+    """Within the context ``check`` is called between layers; what it raises ends the pass, either way."""
+    asked = time.monotonic()
+
+    def ask() -> None:
+        nonlocal asked
+        if time.monotonic() - asked >= every_s:
+            check()
+            asked = time.monotonic()
+
+    def backward(_gradient: Any) -> None:
+        ask()
+
+    def forward(_layer: Any, _args: Any, output: Any) -> None:
+        ask()
+        hidden = output[0] if isinstance(output, tuple) else output
+        if isinstance(hidden, torch.Tensor) and hidden.requires_grad:
+            hidden.register_hook(backward)
+
+    handles = [layer.register_forward_hook(forward) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
