@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -115,12 +116,12 @@ class Engine:
         if self._interrupted.is_set():
             raise InterruptError
 
-    def _progress(self, request: int, stage: Stage, done: int, total: int, loss: float | None = None) -> None:
+    def _progress(self, request: int, stage: Stage, done: int, total: int, **more: float | None) -> None:
         now = time.monotonic()
         if done < total and now - self._told < _PROGRESS_S:
             return
         self._told = now
-        self._deliver(Progress(id=request, stage=stage, done=done, total=total, loss=loss))
+        self._deliver(Progress(id=request, stage=stage, done=done, total=total, **more))
 
     def _ready(self, request: int, setup: Setup) -> Resident:
         """The resident model of a setup, loaded where another one or none is there."""
@@ -152,11 +153,11 @@ class Engine:
         import torch
 
         resident = self._ready(request.id, request.setup)
-        samples = 0
+        samples = dropped = 0
         counts: tuple[int, ...] = ()
         if request.setup.data is not None:
             rows = resident.rows(request.setup)
-            samples, counts = len(rows), rows.counts
+            samples, dropped, counts = len(rows), rows.dropped, rows.counts
         resident.settle(request.setup)
         return Described(
             id=request.id,
@@ -164,6 +165,7 @@ class Engine:
             shape=resident.model.shape,
             rest_mb=resident.rest_mb,
             samples=samples,
+            dropped=dropped,
             label_counts=counts,
             device=str(resident.device),
             mechanisms=MECHANISMS,
@@ -186,8 +188,9 @@ class Engine:
     def _train(self, request: Train) -> Trained:
         refuse_missing(request.spec, request.candidate)
         resident = self._ready(request.id, request.setup)
-        from edge_sdk.training.loop import train
+        from edge_sdk.training.loop import StepDone, train
         from edge_sdk.training.memory import Meter
+        from edge_sdk.training.randomness import draw_rows, torch_generator
         from edge_sdk.training.update import Start, write_results
 
         candidate, setup = request.candidate, request.setup
@@ -197,14 +200,30 @@ class Engine:
         watch = self._watch(resident, meter)
         start = Start.read(request)
         resident.model.set_adapter(start.adapter)
-        batches = resident.batches(
-            rows, candidate, seed=request.spec.seed, round=request.round, device=request.device
+        drawn = draw_rows(
+            len(rows), candidate.micro_batch, candidate.steps * candidate.accumulation,
+            seed=request.spec.seed, round=request.round, device=request.device,
+        )  # fmt: skip
+
+        def report(done: StepDone) -> None:
+            self._progress(
+                request.id, "training", done.number, candidate.steps,
+                loss=done.loss, tokens_per_s=done.tokens_per_s, left_s=done.left_s,
+            )  # fmt: skip
+
+        trace = train(
+            resident.model,
+            resident.batches(rows, candidate, drawn),
+            candidate,
+            request.spec,
+            task=resident.task,
+            check=watch,
+            report=report,
+            generator=torch_generator(
+                request.spec.seed, request.round, request.device, "rounding", on=resident.device
+            ),
+            prefix=resident.prefix(setup, rows, candidate, request.spec, drawn, Path(request.folder)),
         )
-
-        def report(step: int, loss: float) -> None:
-            self._progress(request.id, "training", step, candidate.steps, loss)
-
-        trace = train(resident.model, batches, candidate, request.spec, check=watch, report=report)
         files = write_results(request, start, resident.model)
         watch()
         return Trained(
@@ -226,7 +245,6 @@ class Engine:
 
     def _evaluate(self, request: Evaluate) -> Evaluated:
         resident = self._ready(request.id, request.setup)
-        from edge_sdk.training.loop import accuracy
         from edge_sdk.training.memory import Meter
         from edge_sdk.updates.versions import read_adapter
 
@@ -242,12 +260,10 @@ class Engine:
 
         free = self._enforce and setup.memory_mb is None
         with roomy_allocator() if free else nullcontext():
-            share, loss, count = accuracy(
+            found = resident.task.evaluate(
                 resident.model, resident.every(rows, setup.micro_batch), check=watch, report=report
             )
-        return Evaluated(
-            id=request.id, accuracy=share, loss=loss, examples=count, seconds=time.perf_counter() - started
-        )
+        return Evaluated(id=request.id, seconds=time.perf_counter() - started, **asdict(found))
 
     def _export(self, request: Export) -> Exported:
         from edge_sdk.updates.peft import write_peft
@@ -261,5 +277,6 @@ class Engine:
             lora=request.lora,
             base=request.base,
             labels=request.labels,
+            task=request.task,
         )
         return Exported(id=request.id, folder=str(folder))

@@ -165,8 +165,8 @@ def _measure(
 
     try:
         trace = train(
-            resident.model, resident.random_batches(candidate), candidate, setup.spec,
-            check=watch, report=lambda *_: None,
+            resident.model, resident.random_batches(candidate, setup), candidate, setup.spec,
+            task=resident.task, check=watch, report=lambda *_: None,
         )  # fmt: skip
     except Exception as error:
         if not (isinstance(error, MemoryLimitError) or is_out_of_memory(error)):

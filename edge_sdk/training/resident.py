@@ -12,17 +12,21 @@ from typing import Any
 import torch
 
 from edge_sdk.device.machine import read_profile
-from edge_sdk.errors import DataError
-from edge_sdk.protocol.spec import Candidate
+from edge_sdk.errors import DataError, MechanismError
+from edge_sdk.protocol.spec import Candidate, TrainSpec
 from edge_sdk.protocol.trainer import Setup
 from edge_sdk.training.allocator import trim
 from edge_sdk.training.base import compute_device
-from edge_sdk.training.batches import Rows, load_tokenizer, tokenize_rows
 from edge_sdk.training.failures import MemoryLimitError
-from edge_sdk.training.loop import Batch, train
+from edge_sdk.training.loop import StepDone, train
 from edge_sdk.training.memory import Meter, limit_growth
 from edge_sdk.training.model import load_model
-from edge_sdk.training.randomness import batch_rows, generator
+from edge_sdk.training.prefix import Prefix
+from edge_sdk.training.prefix_store import MemoryShelf, on_disk
+from edge_sdk.training.randomness import generator
+from edge_sdk.training.tasks.base import Batch
+from edge_sdk.training.tasks.finding import task_of
+from edge_sdk.training.tasks.tokens import Rows, load_tokenizer
 
 __all__ = ["Resident", "resident_key"]
 
@@ -31,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 def resident_key(setup: Setup) -> tuple[object, ...]:
     """What another value of means loading the model again."""
-    return (setup.base, setup.labels, setup.lora, setup.device)
+    return (setup.base, setup.task, setup.labels, setup.lora, setup.device)
 
 
 class Resident:
@@ -54,7 +58,8 @@ class Resident:
         self._settled = False
         self._rows: dict[tuple[object, ...], Rows] = {}
         self.threads(setup)
-        self.model = load_model(folder, setup.labels, setup.lora, self.device)
+        self.task = task_of(setup.task)
+        self.model = load_model(folder, setup.labels, setup.lora, self.device, task=setup.task)
         self.model.check_length(setup.max_length)
         self._touch()
         self._tokenizer = load_tokenizer(folder)
@@ -83,7 +88,7 @@ class Resident:
         if key not in self._rows:
             # of a file that changed, and of another length, nothing is kept
             self._rows = {k: v for k, v in self._rows.items() if k[0] != setup.data}
-            self._rows[key] = tokenize_rows(
+            self._rows[key] = self.task.rows(
                 setup.data, setup.labels, tokenizer=self._tokenizer, template=setup.template,
                 max_length=length, check=self._check,
             )  # fmt: skip
@@ -140,26 +145,51 @@ class Resident:
         """Lifts the process's limit, before another model is loaded."""
         self._limit(None)
 
-    def batches(
-        self, rows: Rows, candidate: Candidate, *, seed: int, round: int, device: str
-    ) -> Iterator[Batch]:
-        """The batches of a round, in its order; features where the depth is 0."""
-        orders = batch_rows(len(rows), candidate.micro_batch, seed=seed, round=round, device=device)
+    def batches(self, rows: Rows, candidate: Candidate, drawn: Any) -> Iterator[Batch]:
+        """The batches of a round; features where the depth is 0. ``drawn``: from ``draw_rows``."""
+        orders = torch.from_numpy(drawn).split(candidate.micro_batch)
         if candidate.depth:
-            for order in orders:
-                chosen = torch.from_numpy(order)
-                yield (*rows.inputs(chosen, self.device), rows.targets(chosen, self.device))
-        drawn = [torch.from_numpy(next(orders)) for _ in range(candidate.steps * candidate.accumulation)]
+            for chosen in orders:
+                yield self.task.batch(rows, chosen, self.device)
+            return
+        if not self.task.has_head:
+            raise MechanismError(
+                f"at depth 0 a head alone is trained, and {self.task.name} has none",
+                "offer a depth of 1 or more",
+            )
         # half a batch at a time: a forward pass alone, yet never near what a step takes
-        features = self._head_inputs(rows, torch.cat(drawn), max(1, candidate.micro_batch // 2))
-        for chosen in drawn:
-            yield features[chosen].unsqueeze(1).to(self.device), None, rows.targets(chosen, self.device)
+        features = self._head_inputs(rows, torch.from_numpy(drawn), max(1, candidate.micro_batch // 2))
+        for chosen in orders:
+            yield self._read(rows, features, chosen)
+
+    def prefix(
+        self, setup: Setup, rows: Rows, candidate: Candidate, spec: TrainSpec, drawn: Any, folder: Path
+    ) -> Prefix | None:
+        """Reuse of the frozen layers over these batches; None where the setup leaves no room for it."""
+        if not setup.prefix_mb or not candidate.depth or spec.dropout:
+            return None
+        return Prefix(
+            getattr(self.model.net, self.model.net.base_model_prefix),
+            self.model.layers,
+            self.model.shape.layers - candidate.depth,
+            drawn=drawn,
+            rows=len(rows),
+            budget_bytes=setup.prefix_mb * 1e6,
+            form=spec.prefix,
+            shelf=MemoryShelf if setup.prefix_place == "memory" else on_disk(folder),
+        )
 
     def every(self, rows: Rows, batch: int) -> Iterator[Batch]:
-        """Every row once, as the head reads it; rows of a length together, padded as little as they need."""
+        """Every row once; rows of a length together, padded as little as they need. Where there is a head,
+        as it reads them."""
         for chosen in torch.argsort(rows.lengths, stable=True).split(batch):
-            features = self._head_inputs(rows, chosen, batch, trim=True)
-            yield features[chosen].unsqueeze(1).to(self.device), None, rows.targets(chosen, self.device)
+            if self.task.has_head:
+                yield self._read(rows, self._head_inputs(rows, chosen, batch, trim=True), chosen)
+            else:
+                yield self.task.batch(rows, chosen, self.device, trim=True)
+
+    def _read(self, rows: Rows, features: Any, chosen: Any) -> Batch:
+        return features[chosen].unsqueeze(1).to(self.device), None, rows.labels[chosen].to(self.device)
 
     def _head_inputs(self, rows: Rows, wanted: Any, batch: int, *, trim: bool = False) -> Any:
         """The head's inputs (rows, hidden), computed for ``wanted`` rows that are not there yet.
@@ -175,7 +205,8 @@ class Resident:
         with torch.inference_mode():
             for chosen in missing.split(batch) if len(missing) else ():
                 self._check()
-                features[chosen] = self.model.encode(*rows.inputs(chosen, self.device, trim=trim))[:, 0].cpu()
+                ids, mask = rows.inputs(chosen, self.device, trim=trim)
+                features[chosen] = self.model.encode(ids, mask)[:, 0].cpu().float()
                 there[chosen] = True
         return features
 
@@ -204,31 +235,31 @@ class Resident:
             )  # fmt: skip
             train(
                 self.model,
-                self.random_batches(candidate),
+                self.random_batches(candidate, setup),
                 candidate,
                 setup.spec,
+                task=self.task,
                 check=self._check,
                 report=_ignore,
             )
         self.model.set_adapter(before)
 
-    def random_batches(self, candidate: Candidate) -> Iterator[Batch]:
+    def random_batches(self, candidate: Candidate, setup: Setup) -> Iterator[Batch]:
         """Batches of random tokens, full length: costs do not depend on what the rows say."""
         draw = generator(0, 0, "", "probe")
         shape = (candidate.micro_batch, candidate.max_length)
-        labels = self.model.net.config.num_labels
         while True:
             ids = torch.from_numpy(draw.integers(0, self.model.shape.vocabulary, shape)).to(self.device)
             mask = torch.ones_like(ids)
             mask[0, candidate.max_length // 2 + 1 :] = 0  # a padded row: the mask takes part
-            yield ids, mask, torch.from_numpy(draw.integers(0, labels, shape[0])).to(self.device)
+            yield ids, mask, self.task.random_targets(ids, len(setup.labels), draw)
 
     def _limit(self, growth_mb: float | None) -> None:
         if self._enforce:
             limit_growth(self.device, growth_mb)
 
 
-def _ignore(step: int, loss: float) -> None:
+def _ignore(done: StepDone) -> None:
     """No progress is told."""
 
 

@@ -201,7 +201,7 @@ def test_the_head_alone_is_the_whole_model_with_nothing_else_tuned(bench: Bench)
         right = 0
         for features, _, labels in resident.every(rows, 8):
             right += int((resident.model.head(features).argmax(1) == labels).sum())
-        assert right == int((whole.argmax(1) == rows.targets(every, "cpu")).sum())
+        assert right == int((whole.argmax(1) == rows.labels).sum())
 
 
 def test_residual_and_owed_updates_are_carried_on(bench: Bench) -> None:

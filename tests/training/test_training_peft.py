@@ -18,6 +18,7 @@ from edge_sdk.protocol.model import LoraShape  # noqa: E402
 from edge_sdk.protocol.spec import Candidate, TrainSpec  # noqa: E402
 from edge_sdk.training.loop import train  # noqa: E402
 from edge_sdk.training.model import load_model  # noqa: E402
+from edge_sdk.training.tasks.classification import Classification  # noqa: E402
 from edge_sdk.updates.initial import initial_adapter  # noqa: E402
 from edge_sdk.updates.peft import write_peft  # noqa: E402
 
@@ -43,7 +44,7 @@ def test_peft_gives_the_live_logits(
     for depth, steps in ((1, 3), (2, 6)):
         train(
             model, batches, Candidate(id="c", depth=depth, steps=steps), TrainSpec(learning_rate=0.02),
-            check=lambda: None, report=lambda *_: None,
+            task=Classification(), check=lambda: None, report=lambda *_: None,
         )  # fmt: skip
     with torch.inference_mode():
         live = model.logits(ids, mask)
