@@ -21,6 +21,7 @@ def export_peft(
     number: int,
     rounds: int,
     accuracy: float | None = None,
+    perplexity: float | None = None,
     devices: Sequence[str] = (),
 ) -> Path:
     """Writes the version that the chain ``versions`` leads to; replaces an older folder.
@@ -28,12 +29,15 @@ def export_peft(
     ``base``: where the base model lies, for the adapter's config. Raises ContainerError
     for versions that are damaged or not of this run.
     """
+    score = f"accuracy: {'not evaluated' if accuracy is None else f'{accuracy:.4f}'}"
+    if perplexity is not None:
+        score = f"perplexity: {perplexity:.4f}"
     lines = [
         "## The run",
         "",
         f"- Run `{run.run}`, version {number} after {rounds} rounds",
         f"- Devices: {', '.join(devices) if devices else 'none yet'}",
-        f"- Held-out accuracy: {'not evaluated' if accuracy is None else f'{accuracy:.4f}'}",
+        f"- Held-out {score}",
         f"- Maximum length {run.max_length}, template `{run.template}`",
         f"- Fingerprint `{run.fingerprint.digest}`",
     ]
@@ -44,5 +48,6 @@ def export_peft(
         lora=run.lora,
         base=base,
         labels=run.labels,
+        task=run.task,
         card="\n".join(lines),
     )

@@ -105,6 +105,9 @@ class Rounds:
                     accuracy=reply.accuracy,
                     loss=reply.loss,
                     examples=reply.examples,
+                    f1=reply.f1,
+                    perplexity=reply.perplexity,
+                    tokens=reply.tokens,
                     evaluation_error=None,
                 )
                 self._move(evaluating_s=took, evaluation_s=min(took, reply.seconds))
@@ -119,6 +122,9 @@ class Rounds:
                 accuracy=reply.accuracy,
                 loss=reply.loss,
                 examples=reply.examples,
+                f1=reply.f1,
+                perplexity=reply.perplexity,
+                tokens=reply.tokens,
                 seconds=reply.seconds,
             )
         else:

@@ -15,7 +15,7 @@ import typer
 from aggregator.brokerage import read_note
 from aggregator.cli.extra import need_server_extra
 from aggregator.cli.progress import device_label
-from aggregator.state.base import LedgerRow, ParticipationRow, RunRow, Store
+from aggregator.state.base import LedgerRow, ParticipationRow, RunRow, Store, best_version
 from aggregator.state.folder import StateFolder, open_store
 from edge_sdk.config.loading import load_run_config
 from edge_sdk.config.run import RunConfig
@@ -59,8 +59,7 @@ def show_status(path: Path, *, as_json: bool) -> None:
     with looking(path) as look:
         note, pid = read_note(look.folder), look.folder.holder()
         last, versions = look.store.last_round(look.run.run), look.store.versions(look.run.run)
-        rated = [version for version in versions if version.accuracy is not None]
-        best = max(rated, key=lambda version: version.accuracy or 0.0, default=None)
+        best = best_version(versions)
         devices = look.store.devices(look.run.run)
         facts: dict[str, Any] = {
             "run": look.run.run,
@@ -73,8 +72,10 @@ def show_status(path: Path, *, as_json: bool) -> None:
             "state": "finished" if look.run.finished else None if last is None else last.state,
             "version": versions[-1].number if versions else None,
             "accuracy": versions[-1].accuracy if versions else None,
+            "perplexity": versions[-1].perplexity if versions else None,
             "best_version": None if best is None else best.number,
             "best_accuracy": None if best is None else best.accuracy,
+            "best_perplexity": None if best is None else best.perplexity,
             "devices": len(devices),
             "online": sum(device.online for device in devices) if pid is not None else 0,
             "insecure_devices": [row.device for row in devices if _status(row.status, "insecure")],
@@ -88,8 +89,8 @@ def show_status(path: Path, *, as_json: bool) -> None:
         ("run", f"{facts['run']} ({facts['method']}), {where}"),
         ("server", f"running, process {pid}" if pid is not None else "not running"),
         ("broker", "not known yet" if note is None else f"{note.url} ({note.kind})"),
-        ("version", f"{_text(facts['version'])}, accuracy {_text(facts['accuracy'])}"),
-        ("best", f"version {_text(facts['best_version'])}, accuracy {_text(facts['best_accuracy'])}"),
+        ("version", f"{_text(facts['version'])}, {_score(facts)}"),
+        ("best", f"version {_text(facts['best_version'])}, {_score(facts, 'best_')}"),
         ("devices", f"{facts['devices']} known, {facts['online']} online"),
     ]
     if note is not None and note.insecure:
@@ -195,14 +196,25 @@ def show_versions(path: Path, *, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(rows))
         return
+    spoken = any(row["perplexity"] is not None for row in rows)
     _table(
-        ("version", "round", "accuracy", "loss", "kB", "object", "not evaluated"),
+        (
+            "version",
+            "round",
+            "accuracy",
+            "loss",
+            *(("perplexity",) if spoken else ()),
+            "kB",
+            "object",
+            "not evaluated",
+        ),
         [
             (
                 row["number"],
                 row["round"],
                 row["accuracy"],
                 row["loss"],
+                *((row["perplexity"],) if spoken else ()),
                 row["bytes"] // 1000,
                 row["object"][:12],
                 row["evaluation_error"],
@@ -245,6 +257,11 @@ def _taking_part(row: ParticipationRow) -> dict[str, Any]:
 
 def _status(text: str | None, name: str) -> Any:
     return None if text is None else getattr(msgspec.json.decode(text, type=Status), name)
+
+
+def _score(facts: dict[str, Any], which: str = "") -> str:
+    name = "accuracy" if facts[f"{which}perplexity"] is None else "perplexity"
+    return f"{name} {_text(facts[which + name])}"
 
 
 def _text(value: Any) -> str:

@@ -10,7 +10,7 @@ import msgspec
 import typer
 
 from aggregator.cli.looking import looking
-from aggregator.state.base import VersionRow
+from aggregator.state.base import VersionRow, best_version
 from edge_sdk.errors import ContainerError, StateError
 from edge_sdk.protocol.wire import Run
 from edge_sdk.transport.objects import ObjectStore, file_digest
@@ -45,13 +45,20 @@ def export_version(config: Path, out: Path, wanted: str | None, *, as_json: bool
                 number=chosen.number,
                 rounds=chosen.round,
                 accuracy=chosen.accuracy,
+                perplexity=chosen.perplexity,
                 devices=devices,
             )
         except OSError as error:
             raise StateError(
                 f"{out} cannot be written: {error.strerror}", "name a folder that can be made"
             ) from error
-    facts = {"folder": str(folder), "version": chosen.number, "accuracy": chosen.accuracy, "why": why}
+    facts = {
+        "folder": str(folder),
+        "version": chosen.number,
+        "accuracy": chosen.accuracy,
+        "perplexity": chosen.perplexity,
+        "why": why,
+    }
     typer.echo(json.dumps(facts) if as_json else f"wrote version {chosen.number} to {folder} ({why})")
 
 
@@ -74,22 +81,21 @@ def pick_version(versions: Sequence[VersionRow], wanted: str | None) -> tuple[Ve
     """The version, and why it is this one.
 
     Args:
-        wanted: a number, ``newest``, or ``best``: the most accurate, the newest of equals. None: the best
-            where any was evaluated, else the newest.
+        wanted: a number, ``newest``, or ``best``, the newest of equals. None: the best where any was
+            evaluated, else the newest.
 
     Raises StateError where there is no such version.
     """
     if not versions:
         raise StateError("the run has no version yet", "wait until the server has read the base model")
     newest = versions[-1]
-    rated = [version for version in versions if version.accuracy is not None]
-    if wanted == "newest" or (wanted is None and not rated):
-        return newest, "the newest" if rated else "the newest; none was evaluated"
+    best = best_version(versions)
+    if wanted == "newest" or (wanted is None and best is None):
+        return newest, "the newest" if best else "the newest; none was evaluated"
     if wanted in (None, "best"):
-        if not rated:
+        if best is None:
             raise StateError("no version was evaluated, so none is the best", "take --version newest")
-        best = max(rated, key=lambda version: (version.accuracy or 0.0, version.number))
-        why = f"the best on the held-out rows, accuracy {best.accuracy:.4f}"
+        why = f"the best on the held-out rows, {best.score}"
         return best, why if best is newest else f"{why}; the newest is version {newest.number}"
     for version in versions:
         if str(version.number) == wanted:

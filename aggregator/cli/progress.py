@@ -32,6 +32,12 @@ def device_label(device: str, device_class: str | None, emulated: bool) -> str:
     return f"{device} ({', '.join(facts)})" if facts else device
 
 
+def _score(f: Fields) -> str:
+    if f["perplexity"] is None:
+        return f"accuracy {f['accuracy']:.4f}"
+    return f"perplexity {f['perplexity']:.4f}, {f['accuracy']:.4f} of {f['tokens']} tokens right"
+
+
 def _line(name: str, f: Fields) -> str:
     match name:
         case "broker.started":
@@ -127,7 +133,7 @@ def _update_line(name: str, f: Fields) -> str:
             return f"round {f['round']}: merged {f['updates']} updates into version {f['version']}"
         case "version.evaluated":
             return (
-                f"version {f['version']}: accuracy {f['accuracy']:.4f}, loss {f['loss']:.4f} "
+                f"version {f['version']}: {_score(f)}, loss {f['loss']:.4f} "
                 f"({f['examples']} examples, {f['seconds']:.1f} s)"
             )
         case "version.not_evaluated":

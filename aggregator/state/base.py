@@ -25,6 +25,7 @@ __all__ = [
     "RunRow",
     "Store",
     "VersionRow",
+    "best_version",
 ]
 
 RoundState = Literal["waiting", "open", "merging", "evaluating", "closed"]
@@ -61,9 +62,21 @@ class VersionRow:
     branch: str
     created_at: float
     accuracy: float | None = None
+    """Of rows; of a causal LM, of tokens."""
     loss: float | None = None
     examples: int | None = None
+    f1: float | None = None
+    """Of classification alone, as ``perplexity`` and ``tokens`` are of a causal LM."""
+    perplexity: float | None = None
+    tokens: int | None = None
     evaluation_error: str | None = None
+
+    @property
+    def score(self) -> str:
+        """How well it does, in words: accuracy, or a causal LM's perplexity; empty where not evaluated."""
+        if self.perplexity is not None:
+            return f"perplexity {self.perplexity:.4f}"
+        return "" if self.accuracy is None else f"accuracy {self.accuracy:.4f}"
 
     @property
     def ref(self) -> VersionRef:
@@ -71,6 +84,20 @@ class VersionRow:
         return VersionRef(
             number=self.number, object=self.object, bytes=self.bytes, parent=self.parent, branch=self.branch
         )
+
+
+def best_version(versions: Sequence[VersionRow]) -> VersionRow | None:
+    """The most accurate one, of a causal LM the one with the lowest loss; the newest of equals.
+
+    None: none was evaluated.
+    """
+
+    def merit(version: VersionRow) -> tuple[float, int]:
+        if version.perplexity is not None and version.loss is not None:
+            return -version.loss, version.number
+        return version.accuracy or 0.0, version.number
+
+    return max((version for version in versions if version.accuracy is not None), key=merit, default=None)
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ class SqlStore:
                 _prepare_sqlite(self._engine, read_only)
             with self.transaction():
                 if read_only:
-                    tables.check_version(self._connected)
+                    tables.check_current(self._connected)
                 else:
                     tables.migrate(self._connected)
         except SQLAlchemyError as error:

@@ -17,12 +17,15 @@ from sqlalchemy import (
     Text,
     inspect,
     select,
+    text,
 )
 
 from edge_sdk.errors import StateError
 
 __all__ = [
     "SCHEMA",
+    "check_current",
+    "check_version",
     "devices",
     "ledger",
     "metadata",
@@ -33,7 +36,7 @@ __all__ = [
     "versions",
 ]
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of the tables. A change raises it and appends a function to ``STEPS``."""
 
 metadata = MetaData()
@@ -68,6 +71,9 @@ versions = Table(
     Column("accuracy", Float(53)),
     Column("loss", Float(53)),
     Column("examples", Integer),
+    Column("f1", Float(53)),
+    Column("perplexity", Float(53)),
+    Column("tokens", Integer),
     Column("evaluation_error", Text),
     ForeignKeyConstraint(["run"], ["runs.run"]),
 )
@@ -150,8 +156,14 @@ ledger = Table(
     Column("foreign", Integer, nullable=False),
 )
 
-STEPS: dict[int, Callable[[Connection], None]] = {}
-"""From version n to n + 1: ``STEPS[n](connection)``. Empty while there is only one version."""
+
+def _evaluations_tell_more(connection: Connection) -> None:
+    for name, kind in (("f1", "FLOAT"), ("perplexity", "FLOAT"), ("tokens", "INTEGER")):
+        connection.execute(text(f"ALTER TABLE versions ADD COLUMN {name} {kind}"))
+
+
+STEPS: dict[int, Callable[[Connection], None]] = {1: _evaluations_tell_more}
+"""From version n to n + 1: ``STEPS[n](connection)``."""
 
 
 def migrate(connection: Connection) -> None:
@@ -168,6 +180,16 @@ def migrate(connection: Connection) -> None:
         STEPS[version](connection)
     if found != SCHEMA:
         connection.execute(schema_version.update().values(version=SCHEMA))
+
+
+def check_current(connection: Connection) -> None:
+    """For those who only read. Raises StateError where the store is not of this program's version."""
+    found = check_version(connection)
+    if found != SCHEMA:
+        raise StateError(
+            f"the state was written by an earlier version of this program: schema {found}, read is {SCHEMA}",
+            "start `edge-aggregator run` once: it brings the state forward",
+        )
 
 
 def check_version(connection: Connection) -> int:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,8 @@ def test_the_best_version_is_exported() -> None:
         chosen, why = pick_version(rated, wanted)
         assert chosen.number == number and told in why
     assert pick_version([version(0, 0.5), version(1, 0.5)], None)[0].number == 1
+    spoken = [replace(version(n, 0.3), loss=loss, perplexity=2.0) for n, loss in enumerate((2.0, 1.0, 1.5))]
+    assert pick_version(spoken, None)[0] == spoken[1] and "perplexity 2.0000" in pick_version(spoken, None)[1]
     unrated = [version(0, None), version(1, None)]
     assert pick_version(unrated, None) == (unrated[1], "the newest; none was evaluated")
     for versions, wanted, told in (

@@ -139,16 +139,30 @@ def test_a_store_of_a_later_version_is_refused(tmp_path: Path) -> None:
         SqlStore(sqlite_url(tmp_path / "server.sqlite"))
 
 
-def test_an_older_store_is_brought_forward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    SqlStore(sqlite_url(tmp_path / "server.sqlite")).close()
-    called = []
-    monkeypatch.setattr(tables, "SCHEMA", 2)
-    monkeypatch.setattr(tables, "STEPS", {1: called.append})
-    opened = SqlStore(sqlite_url(tmp_path / "server.sqlite"))
-    with opened.transaction():
-        assert tables.check_version(opened._connected) == 2
+def test_an_older_store_is_brought_forward(tmp_path: Path) -> None:
+    url = sqlite_url(tmp_path / "server.sqlite")
+    opened = SqlStore(url)
+    opened.add_run(RUN)
+    version = VersionRow("demo", 0, 0, OBJECT, 10, None, "global", 3.0, accuracy=0.5)
+    opened.add_version(version)
     opened.close()
-    assert len(called) == 1
+    connection = sqlite3.connect(tmp_path / "server.sqlite")
+    for name in ("f1", "perplexity", "tokens"):  # of the second version
+        connection.execute(f"ALTER TABLE versions DROP COLUMN {name}")
+    connection.execute("UPDATE schema_version SET version = 1")
+    connection.commit()
+    connection.close()
+    with pytest.raises(StateError, match="earlier version"):
+        SqlStore(url, read_only=True)
+    opened = SqlStore(url)
+    with opened.transaction():
+        assert tables.check_version(opened._connected) == tables.SCHEMA
+    assert opened.versions("demo") == [version]
+    opened.set_version("demo", 0, perplexity=2.0)
+    opened.close()
+    opened = SqlStore(url, read_only=True)
+    assert opened.versions("demo") == [replace(version, perplexity=2.0)]
+    opened.close()
 
 
 def test_damage_is_an_error_with_a_hint(tmp_path: Path) -> None:
