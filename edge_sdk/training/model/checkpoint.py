@@ -132,8 +132,8 @@ def assign_names(checkpoint: Checkpoint, net: Any, places: Iterable[str]) -> dic
         raise BaseModelError(
             f"a {type(net).__name__} has no place for {len(strange)} tensors of the checkpoint in "
             f"{checkpoint.folder}: {', '.join(strange[:3])}",
-            "config.json belongs to another model, or this checkpoint needs a conversion: load it with "
-            "transformers and save_pretrained it once",
+            "config.json belongs to another model, or the family's weights are put together from several "
+            "tensors on loading (experts are), which is not supported",
         )
     return found
 

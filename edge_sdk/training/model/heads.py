@@ -105,8 +105,8 @@ def check_causal(net: Any, logits: Callable[[Any, Any], Any], device: Any) -> No
         ours = logits(ids, mask)
     if not _same(whole, ours):
         raise BaseModelError(
-            f"a {type(net).__name__} does more with its output layer's logits than to take them: "
-            "it scales or caps them",
+            f"a {type(net).__name__} does more than one product between its hidden states and its logits: "
+            "it transforms, scales or caps them",
             "such families train as classifiers; docs/models.md lists those known to work as language models",
         )
 

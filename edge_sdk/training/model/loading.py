@@ -69,7 +69,7 @@ def load_model(
     fresh = filling.fill(checkpoint)
     dense = _dense_names(net, fresh) if task == "classification" else []
     base_bytes = filling.hold(modules, lora)
-    if precision.dtype != torch.float32:
+    if dense and precision.dtype != torch.float32:
         single_precision(net)
 
     shape = ModelShape(
@@ -142,11 +142,12 @@ class _Filling:
         self.net, self.precision, self.device = net, precision, device
         self._words = net.get_input_embeddings()
         self._output = net.get_output_embeddings()
-        self._linears: dict[int, str] = {}
-        for number, layer in enumerate(net.get_submodule(layer_path)):
-            for linear in linears_of(layer):
-                self._linears[id(layer.get_submodule(linear.name))] = f"{number}.{linear.name}"
         self._layers = net.get_submodule(layer_path)
+        self._linears = {
+            id(layer.get_submodule(linear.name)): (number, linear.name)
+            for number, layer in enumerate(self._layers)
+            for linear in linears_of(layer)
+        }
         self._held: dict[str, FrozenWeight] = {}
         self._tied: dict[str, list[str]] = defaultdict(list)
         """By each name all names of the same tensor."""
@@ -194,12 +195,16 @@ class _Filling:
         if last in owner._buffers:
             owner._buffers[last] = values.to(owner._buffers[last].dtype)
         elif id(owner) in self._linears and last == "weight" and self._is_packed:
-            key = self._linears[id(owner)]
+            key = _key(*self._linears[id(owner)])
             self._held[key] = self.precision.weight(key, turned(owner, values))
             setattr(owner, last, None)
         elif not (self._is_vocabulary(place) and self._put_packed(place, values)):
-            dtype = torch.float32 if is_head(self.net, place) and not self._is_vocabulary(place) else None
-            parameter = nn.Parameter(values.to(dtype or self.precision.dtype), requires_grad=False)
+            # a classifier's head is trained, in fp32; an output layer is as frozen as the base
+            trained = (
+                is_head(self.net, place) and owner is not self._output and not self._is_vocabulary(place)
+            )
+            dtype = torch.float32 if trained else self.precision.dtype
+            parameter = nn.Parameter(values.to(dtype), requires_grad=False)
             for name in self._tied[place]:
                 module, last = _owner(self.net, name)
                 setattr(module, last, parameter)
@@ -274,22 +279,25 @@ class _Filling:
     def hold(self, modules: tuple[LoraModule, ...], lora: LoraShape) -> int:
         """Puts LoRA into the linears and moves what is left to the device; returns the base's bytes."""
         chosen = {m.name for m in modules}
-        for number, layer in enumerate(self._layers):
-            for found in linears_of(layer):
-                linear, key = layer.get_submodule(found.name), f"{number}.{found.name}"
-                frozen = self._held.pop(key, None)
-                made: nn.Module
-                if found.name in chosen:
-                    weight = frozen or self.precision.weight(key, turned(linear, linear.weight))
-                    made = LoraLinear(weight, linear.bias, rank=lora.rank, scaling=lora.scaling)
-                elif frozen is not None:
-                    made = FrozenLinear(frozen, linear.bias)
-                else:
-                    continue
-                parent, last = _owner(layer, found.name)
-                setattr(parent, last, made)
+        for number, name in self._linears.values():
+            layer, key = self._layers[number], _key(number, name)
+            linear, frozen = layer.get_submodule(name), self._held.pop(key, None)
+            made: nn.Module
+            if name in chosen:
+                weight = frozen or self.precision.weight(key, turned(linear, linear.weight))
+                made = LoraLinear(weight, linear.bias, rank=lora.rank, scaling=lora.scaling)
+            elif frozen is not None:
+                made = FrozenLinear(frozen, linear.bias)
+            else:
+                continue
+            parent, last = _owner(layer, name)
+            setattr(parent, last, made)
         self.net.to(self.device)
         return _bytes(self.net)
+
+
+def _key(layer: int, module: str) -> str:
+    return f"{layer}.{module}"
 
 
 def _owner(net: Any, name: str) -> tuple[Any, str]:
