@@ -9,7 +9,7 @@ from agent_fakes import PRINT, FakeBase, World, a_run, answer, version_object
 from msgspec.structs import replace
 
 from edge_sdk.agent.inbox import ExportRequest, GateChanged, Pause, Resume
-from edge_sdk.errors import BaseModelError, DataError, FingerprintError, StateError
+from edge_sdk.errors import BaseModelError, DataError, FingerprintError, MechanismError, StateError
 from edge_sdk.protocol.spec import TrainSpec
 from edge_sdk.protocol.trainer import Describe, Probe, Progress, Trained
 from edge_sdk.protocol.wire import Announce, Choice, Decline, Have, Presence, Receipt, Refusal, Status
@@ -241,6 +241,14 @@ def test_another_fingerprint_is_refused_here(world: World) -> None:
     assert isinstance(world.core.error, FingerprintError)
     assert "base" in world.core.error.message and "max_length" in world.core.error.message
     assert not world.aggregator.got(Status) and world.core.done
+
+
+def test_a_task_that_is_not_known_is_refused_by_name(world: World) -> None:
+    world.start()
+    world.aggregator.hello(a_run(task="ranking"))
+    world.settle()
+    assert isinstance(world.core.error, MechanismError)
+    assert "'ranking'" in world.core.error.message and "causal-lm" in world.core.error.message
 
 
 def test_another_fingerprint_is_refused_there(world: World) -> None:

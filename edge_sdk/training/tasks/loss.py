@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from edge_sdk.training.precision.weights import FrozenWeight
+from edge_sdk.training.precision.weights import Dense, FrozenWeight
 
 __all__ = ["SCRATCH_BYTES", "Output", "score_tokens", "token_loss"]
 
@@ -97,7 +97,7 @@ def _parts(rows: Any, output: Output, places: Any, targets: Any, scratch: int) -
     the next is asked for."""
     weight = output.weight
     vocabulary = weight.out_features
-    direct = _held(weight, rows.dtype) is not None
+    direct = _ready(weight, rows.dtype)
     room = scratch if direct else scratch - scratch // _WEIGHT_SHARE
     copies = 1 if rows.dtype == torch.float32 else 1 + rows.element_size() / 4
     most = max(1, min(places.numel(), int(room / (4 * vocabulary * copies))))
@@ -119,28 +119,16 @@ def _parts(rows: Any, output: Output, places: Any, targets: Any, scratch: int) -
         yield _Part(chosen, targets[begin : begin + most], hidden, logits, step)
 
 
-def _held(weight: FrozenWeight, dtype: Any) -> Any:
-    """The weight itself where it is held in the dtype that is computed in, None otherwise."""
-    held = getattr(weight, "weight", None)
-    return held.detach() if isinstance(held, torch.Tensor) and held.dtype == dtype else None
+def _ready(weight: FrozenWeight, dtype: Any) -> bool:
+    """Whether the weight is held in the dtype that is computed in."""
+    return isinstance(weight, Dense) and weight.weight.dtype == dtype
 
 
 def _weight_rows(weight: FrozenWeight, dtype: Any, step: int) -> Iterator[tuple[int, int, Any]]:
     """The weight's rows [start, stop), (stop - start, hidden), ``step`` at a time."""
-    held = _held(weight, dtype)
-    if held is not None:
-        yield 0, weight.out_features, held
-        return
     for start in range(0, weight.out_features, step):
         stop = min(start + step, weight.out_features)
-        yield start, stop, _some_rows(weight, start, stop, dtype)
-
-
-def _some_rows(weight: FrozenWeight, start: int, stop: int, dtype: Any) -> Any:
-    held = getattr(weight, "weight", None)
-    if isinstance(held, torch.Tensor):
-        return held.detach()[start:stop].to(dtype)
-    return weight.dense_rows(start, stop, dtype)
+        yield start, stop, weight.dense_rows(start, stop, dtype)
 
 
 class _TokenLoss(torch.autograd.Function):
