@@ -23,9 +23,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from edge_sdk.training.activations.packing import Packed, PackedMask, pack_flat, pack_mask
-from edge_sdk.training.activations.plan import Form, LayerPlan
+from edge_sdk.training.activations.plan import PLAIN, Form, LayerPlan
 
-__all__ = ["ActivationStore", "Held", "Keeper", "exact"]
+__all__ = ["ActivationStore", "Held", "Keeper"]
 
 _SMALL = 4096
 """Elements below which packing is not worth its calls."""
@@ -74,10 +74,11 @@ class _Kept:
 class Held:
     """A tensor as it is kept for the backward pass: exact, or a view of something packed or made again."""
 
-    __slots__ = ("_exact", "_kept", "_made", "_offset", "_read", "_stride", "shape")
+    __slots__ = ("_exact", "_kept", "_made", "_offset", "_read", "_stride", "device", "shape")
 
     def __init__(self, tensor: Any, kept: _Kept | None, offset: int = 0) -> None:
-        self.shape, self._stride, self._offset = tensor.shape, tensor.stride(), offset
+        self.shape, self.device = tensor.shape, tensor.device
+        self._stride, self._offset = tensor.stride(), offset
         self._kept = kept
         self._read = kept is None
         self._made: Any = None
@@ -182,6 +183,20 @@ class Keeper:
         if self.plan.recompute != "none":
             self._store._offer(tensor, self.plan.form, build)
 
+    def exact(self) -> Any:
+        """Context in which what operations save stays exact, and so do all other views of it."""
+
+        def keep(tensor: Any) -> Any:
+            self._store._leave_exact(tensor, self.plan.form)
+            return tensor.detach()
+
+        return saved_tensors_hooks(keep, lambda tensor: tensor)
+
+    @property
+    def packs_attention(self) -> bool:
+        """Whether an attention of ours keeps less than the fused kernel would."""
+        return self.plan.recompute != "layer" and self.plan != PLAIN
+
     def saved(self, tensor: Any) -> Any:
         """Hook: what autograd keeps in the place of a tensor that an operation of this layer saves."""
         floats = tensor.is_floating_point()
@@ -198,11 +213,6 @@ class Keeper:
 
 def _restored(kept: Any) -> Any:
     return kept.get() if isinstance(kept, Held) else kept
-
-
-def exact() -> Any:
-    """Context in which what operations save passes the store."""
-    return saved_tensors_hooks(lambda tensor: tensor.detach(), lambda tensor: tensor)
 
 
 class ActivationStore:
