@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
+
+import torch
 
 from edge_sdk.errors import TrainerError
 from edge_sdk.training.tasks.metrics import LabelScores, TokenScores
