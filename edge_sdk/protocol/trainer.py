@@ -13,11 +13,13 @@ import msgspec
 
 from edge_sdk.errors import ProtocolError
 from edge_sdk.protocol.base import Digest, Name, NotNegative, Positive, Record, Text
+from edge_sdk.protocol.base_plan import BasePlan, Bits, SalienceMethod
 from edge_sdk.protocol.measure import Fit, Measured
 from edge_sdk.protocol.model import Fingerprint, LoraShape, ModelShape
 from edge_sdk.protocol.spec import Candidate, Levers, TrainSpec
 
 __all__ = [
+    "BasePlanned",
     "DataSource",
     "Describe",
     "Described",
@@ -29,6 +31,7 @@ __all__ = [
     "Failed",
     "FailureCause",
     "Interrupt",
+    "PlanBase",
     "Probe",
     "Probed",
     "Progress",
@@ -82,6 +85,10 @@ class Setup(Record, frozen=True, kw_only=True):
     """What of the frozen layers' output may be kept over the epochs of a round; 0: it is computed anew."""
     prefix_place: Literal["memory", "disk"] = "memory"
     """``disk``: a file without a name in the training's folder."""
+    base_precision: Text = "fp32"
+    """What the frozen weights are held in; one of ``BASE_WORDS``."""
+    base_plan: BasePlan | None = None
+    """Bits of each block, where ``base_precision`` is ``plan``."""
 
 
 class Describe(Record, frozen=True, kw_only=True, tag="describe"):
@@ -140,11 +147,25 @@ class Export(Record, frozen=True, kw_only=True, tag="export"):
     folder: Path
 
 
+class PlanBase(Record, frozen=True, kw_only=True, tag="plan-base"):
+    """Measure the base's blocks and choose bits for each; the rows of ``setup.data`` are for calibration.
+
+    One of ``budget_bytes`` (what the whole base may take) and ``bits`` (the same for every block) is given.
+    """
+
+    id: NotNegative
+    setup: Setup
+    budget_bytes: Positive | None = None
+    bits: Bits | None = None
+    method: SalienceMethod = "loss"
+    rows: Positive = 32
+
+
 class Interrupt(Record, frozen=True, kw_only=True, tag="interrupt"):
     """End the current request within a step; it fails with cause ``interrupted``. Has no reply of its own."""
 
 
-TrainerRequest = Describe | Probe | Train | Evaluate | Export | Interrupt
+TrainerRequest = Describe | Probe | Train | Evaluate | Export | PlanBase | Interrupt
 
 
 class Described(Record, frozen=True, kw_only=True, tag="described"):
@@ -160,6 +181,8 @@ class Described(Record, frozen=True, kw_only=True, tag="described"):
     device: Text
     """The device that the trainer computes on: ``cpu`` or ``cuda:N``."""
     mechanisms: tuple[Text, ...]
+    base_held: Text = ""
+    """What the base is held in, and what decodes it: ``nf4 by bitsandbytes 0.50.2``."""
     torch: Text
 
 
@@ -170,7 +193,7 @@ class Probed(Record, frozen=True, kw_only=True, tag="probed"):
 
 class Progress(Record, frozen=True, kw_only=True, tag="progress"):
     id: NotNegative
-    stage: Literal["loading", "probing", "training", "evaluating"]
+    stage: Literal["loading", "probing", "training", "evaluating", "planning"]
     done: NotNegative
     total: NotNegative
     loss: float | None = None
@@ -209,6 +232,12 @@ class Exported(Record, frozen=True, kw_only=True, tag="exported"):
     folder: Path
 
 
+class BasePlanned(Record, frozen=True, kw_only=True, tag="base-planned"):
+    id: NotNegative
+    plan: BasePlan
+    seconds: float
+
+
 FailureCause = Literal["memory", "data", "base", "mechanism", "extra", "container", "interrupted", "internal"]
 
 
@@ -233,7 +262,7 @@ class Died(Record, frozen=True, kw_only=True, tag="died"):
     message: Text
 
 
-TrainerReply = Described | Probed | Progress | Trained | Evaluated | Exported | Failed | Died
+TrainerReply = Described | Probed | Progress | Trained | Evaluated | Exported | BasePlanned | Failed | Died
 
 
 class TrainerHost(Protocol):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 from edge_sdk.errors import TrainerError
 from edge_sdk.protocol.measure import Measured
 from edge_sdk.protocol.trainer import (
+    BasePlanned,
     Describe,
     Described,
     Evaluate,
@@ -24,6 +25,7 @@ from edge_sdk.protocol.trainer import (
     Exported,
     Failed,
     Interrupt,
+    PlanBase,
     Probe,
     Probed,
     Progress,
@@ -35,7 +37,7 @@ from edge_sdk.protocol.trainer import (
 )
 from edge_sdk.training.allocator import roomy_allocator
 from edge_sdk.training.failures import InterruptError, failed
-from edge_sdk.training.words import MECHANISMS, refuse_missing
+from edge_sdk.training.words import mechanisms_of, refuse_missing
 
 if TYPE_CHECKING:
     from edge_sdk.training.memory import Meter
@@ -46,7 +48,7 @@ __all__ = ["Engine"]
 _PROGRESS_S = 0.5
 """Least time between two progress replies of a request."""
 
-Stage = Literal["loading", "probing", "training", "evaluating"]
+Stage = Literal["loading", "probing", "training", "evaluating", "planning"]
 
 
 class Engine:
@@ -108,6 +110,8 @@ class Engine:
             return self._evaluate(request)
         if isinstance(request, Export):
             return self._export(request)
+        if isinstance(request, PlanBase):
+            return self._plan_base(request)
         if isinstance(request, Interrupt):
             raise TrainerError("an interrupt is not a request to answer")
         raise TrainerError(f"no request of kind {type(request).__name__} is known")
@@ -168,7 +172,8 @@ class Engine:
             dropped=dropped,
             label_counts=counts,
             device=str(resident.device),
-            mechanisms=MECHANISMS,
+            mechanisms=mechanisms_of(request.setup.base_precision),
+            base_held=resident.base_held,
             torch=str(torch.__version__),
         )
 
@@ -186,7 +191,7 @@ class Engine:
         return Probed(id=request.id, fit=probe(resident, request.setup, request.levers, self._check, report))
 
     def _train(self, request: Train) -> Trained:
-        refuse_missing(request.spec, request.candidate)
+        refuse_missing(request.spec, request.candidate, request.setup.base_precision)
         resident = self._ready(request.id, request.setup)
         from edge_sdk.training.loop import StepDone, train
         from edge_sdk.training.memory import Meter
@@ -280,3 +285,24 @@ class Engine:
             task=request.task,
         )
         return Exported(id=request.id, folder=str(folder))
+
+    def _plan_base(self, request: PlanBase) -> BasePlanned:
+        from edge_sdk.training.base import local_base
+
+        started = time.perf_counter()
+        folder = local_base(request.setup.base)
+        import torch
+
+        from edge_sdk.training.precision.planning import plan_base
+
+        if request.setup.threads:
+            torch.set_num_threads(request.setup.threads)
+        self._check()
+        self.unload()  # what is planned for is a base that hardly fits: not beside another
+        self._progress(request.id, "loading", 0, 1)
+
+        def report(done: int, total: int) -> None:
+            self._progress(request.id, "planning", done, total)
+
+        plan = plan_base(request, folder, self._check, report)
+        return BasePlanned(id=request.id, plan=plan, seconds=time.perf_counter() - started)

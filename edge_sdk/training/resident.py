@@ -21,6 +21,7 @@ from edge_sdk.training.failures import MemoryLimitError
 from edge_sdk.training.loop import StepDone, train
 from edge_sdk.training.memory import Meter, limit_growth
 from edge_sdk.training.model import load_model
+from edge_sdk.training.precision.holding import base_precision, told
 from edge_sdk.training.prefix import Prefix
 from edge_sdk.training.prefix_store import MemoryShelf, on_disk
 from edge_sdk.training.randomness import generator
@@ -35,7 +36,9 @@ _log = logging.getLogger(__name__)
 
 def resident_key(setup: Setup) -> tuple[object, ...]:
     """What another value of means loading the model again."""
-    return (setup.base, setup.task, setup.labels, setup.lora, setup.device)
+    return (
+        setup.base, setup.task, setup.labels, setup.lora, setup.device, setup.base_precision, setup.base_plan,
+    )  # fmt: skip
 
 
 class Resident:
@@ -59,7 +62,16 @@ class Resident:
         self._rows: dict[tuple[object, ...], Rows] = {}
         self.threads(setup)
         self.task = task_of(setup.task)
-        self.model = load_model(folder, setup.labels, setup.lora, self.device, task=setup.task)
+        precision = base_precision(setup.base_precision, self.device, setup.base_plan)
+        self.model = load_model(
+            folder, setup.labels, setup.lora, self.device, task=setup.task, precision=precision
+        )
+        if setup.base_plan is not None and len(setup.base_plan.blocks) != len(self.model.layers):
+            raise MechanismError(
+                f"the base has {len(self.model.layers)} blocks, its plan {len(setup.base_plan.blocks)}",
+                "the plan was made for another base: make it anew with edge-agent quantize-base",
+            )
+        self.base_held = told(setup.base_precision, self.device)
         self.model.check_length(setup.max_length)
         self._touch()
         self._tokenizer = load_tokenizer(folder)

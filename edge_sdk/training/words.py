@@ -11,7 +11,7 @@ from edge_sdk.errors import MechanismError
 from edge_sdk.protocol.container import CODEC_FORMS
 from edge_sdk.protocol.spec import Candidate, TrainSpec
 
-__all__ = ["MECHANISMS", "refuse_missing"]
+__all__ = ["MECHANISMS", "mechanisms_of", "refuse_missing"]
 
 MECHANISMS: tuple[str, ...] = (
     "activation:int8",
@@ -40,10 +40,16 @@ MECHANISMS: tuple[str, ...] = (
 )
 
 
-def refuse_missing(spec: TrainSpec, candidate: Candidate | None = None) -> None:
+def mechanisms_of(base_precision: str) -> tuple[str, ...]:
+    """The mechanisms of a trainer whose base is held so: what its owner chose, and no other."""
+    others = (word for word in MECHANISMS if not word.startswith("base:"))
+    return tuple(sorted([f"base:{base_precision}", *others]))
+
+
+def refuse_missing(spec: TrainSpec, candidate: Candidate | None = None, base_precision: str = "fp32") -> None:
     """Raises MechanismError naming every mechanism that is asked for and not had here."""
     needs: Iterable[str] = spec.needs() | (candidate.needs() if candidate else frozenset())
-    missing = sorted(set(needs) - set(MECHANISMS))
+    missing = sorted(set(needs) - set(mechanisms_of(base_precision)))
     if spec.dropout:
         missing.append(f"dropout:{spec.dropout}")
     if missing:
