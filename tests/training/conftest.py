@@ -91,3 +91,17 @@ def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
             words = [WORDS[label * 3 + (i + j) % 3] for j in range(1 + i % 5)]
             file.write(json.dumps({"text": " ".join(words), "label": LABELS[label]}) + "\n")
     return path
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
+    """Folders of tiny random models of every family, by family and task."""
+    from families import FAMILIES as TABLE
+    from families import make_base
+
+    folders = {}
+    for family, row in TABLE.items():
+        for task in row.tasks:
+            folders[family, task] = tmp_path_factory.mktemp(f"{family}-{task}")
+            make_base(family, task, folders[family, task])
+    return folders

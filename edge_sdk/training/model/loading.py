@@ -15,6 +15,7 @@ from torch import nn
 
 from edge_sdk.errors import BaseModelError
 from edge_sdk.protocol.model import DensePart, LoraModule, LoraShape, ModelShape
+from edge_sdk.training.allocator import trim
 from edge_sdk.training.model.building import build_empty, read_config
 from edge_sdk.training.model.checkpoint import Checkpoint, Entry, assign_names
 from edge_sdk.training.model.frozen import FP32, BasePrecision, EmbeddingWeight, FrozenEmbedding, FrozenLinear
@@ -100,6 +101,7 @@ def load_model(
     model.tune(0)
     _check(model)
     _install_blocks(model)
+    trim()
     return model
 
 
@@ -107,7 +109,7 @@ def _check(model: TunableModel) -> None:
     if model.task == "classification":
         check_classifier(model.net, model.logits, model.device)
     else:
-        check_causal(model.net, model.next_logits, model.device)
+        check_causal(model.net, model.device)
 
 
 def _install_blocks(model: TunableModel) -> None:
