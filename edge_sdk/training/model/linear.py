@@ -90,6 +90,8 @@ def lora_forward(module: LoraLinear, x: Any, A: Any, B: Any, frozen: Any = None)
         frozen: in the place of ``module.frozen``, where the caller holds its weight unpacked.
     """
     y = (frozen or module.frozen)(x, module.bias)
+    if not A.shape[0]:
+        return y, None
     down = A.detach().to(x.dtype) @ x.reshape(-1, x.shape[-1]).t()
     y.view(-1, y.shape[-1]).addmm_(down.t(), B.detach().to(x.dtype).t(), alpha=module.scaling)
     return y, down
@@ -106,17 +108,20 @@ def lora_backward(
     """
     wants_x, wants_A, wants_B = needs
     rows = grad.reshape(-1, grad.shape[-1])
-    grad_x = grad_A = grad_B = None
+    grad_x: Any = None
+    grad_A = grad_B = None
     if wants_x or wants_A:
         up = B.detach().to(grad.dtype).t() @ rows.t()  # (rank, rows)
         if wants_x:
             grad_x = (frozen or module.frozen).input_grad(rows)
+        if wants_x and A.shape[0]:
             grad_x.addmm_(up.t(), A.detach().to(grad.dtype), alpha=module.scaling)
-            grad_x = grad_x.view(*grad.shape[:-1], -1)
         if wants_A:
             grad_A = (up @ x.reshape(-1, x.shape[-1])).to(A.dtype).mul_(module.scaling)
     if wants_B:
         grad_B = (down @ rows).to(B.dtype).mul_(module.scaling).t()
+    if grad_x is not None:
+        grad_x = grad_x.view(*grad.shape[:-1], -1)
     return grad_x, grad_A, grad_B
 
 
