@@ -60,6 +60,7 @@ def failure(reply: Failed | Died) -> EdgeError:
 def setup_of(config: RunConfig, spec: TrainSpec, base: str) -> Setup:
     """What the server's trainer holds. ``base``: a local folder, or what the config names."""
     section = config.evaluation
+    base_precision, base_plan = config.trainer.base_held()
     return Setup(
         base=base,
         task=config.run.task,
@@ -72,6 +73,8 @@ def setup_of(config: RunConfig, spec: TrainSpec, base: str) -> Setup:
         device=config.trainer.device,
         threads=config.trainer.threads,
         data=None if section is None else section.data.source(),
+        base_precision=base_precision,
+        base_plan=base_plan,
     )
 
 

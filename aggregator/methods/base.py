@@ -39,7 +39,7 @@ class Method:
         levers: how tuned layers save memory; devices probe with the same.
         codec: how updates travel.
         error_feedback: devices keep what the codec lost and add it to their next update.
-        base_precision: the same for all candidates.
+        base_precision: what every device must hold its base in; None: what its owner chose.
         objective, factors, error_adapter, phases, reinit, fold, privacy, attention: see ``TrainSpec``.
     """
 
@@ -49,7 +49,7 @@ class Method:
     levers: Levers = field(default_factory=Levers)
     codec: str = "int8"
     error_feedback: bool = False
-    base_precision: str = "fp32"
+    base_precision: str | None = None
     objective: str = "cross_entropy"
     factors: str = "AB"
     error_adapter: str = "none"

@@ -29,7 +29,7 @@ def candidates_for(
                 activation_bits=method.levers.activation_bits,
                 activation_rounding=method.levers.activation_rounding,
                 recompute=method.levers.recompute,
-                base_precision=method.base_precision,
+                base_precision=method.base_precision or costs.base_precision,
                 codec=method.codec,
                 micro_batch=work.micro_batch,
                 steps=work.steps,

@@ -65,6 +65,8 @@ class DeviceCosts:
     down_bps: float | None
     may_quantize: bool
     """The device has the mechanism."""
+    base_precision: str
+    """What the device holds its base in: its owner's choice, which its fit was measured with."""
     work: Work
 
     def knows(self, depth: int, quantized: int) -> bool:
@@ -132,8 +134,14 @@ def device_costs(status: Status, work: Work) -> DeviceCosts:
         up_bps=status.link.up_bps,
         down_bps=status.link.down_bps,
         may_quantize=f"activation:int{work.levers.activation_bits}" in status.mechanisms,
+        base_precision=_base_precision(status.mechanisms),
         work=work,
     )
+
+
+def _base_precision(mechanisms: Sequence[str]) -> str:
+    kind = "base:"
+    return next((word.removeprefix(kind) for word in mechanisms if word.startswith(kind)), "fp32")
 
 
 def frontier(costs: DeviceCosts) -> tuple[Pair, ...]:

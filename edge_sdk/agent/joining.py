@@ -155,6 +155,12 @@ class Joining:
                 f"this device differs from run {run.run!r} in: {', '.join(differing)}",
                 f"the run was made with base {run.base!r}; here base.path is {str(base)!r}",
             )
+        plan = context.config.trainer.base_held()[1]
+        if plan is not None and plan.base != mine.base:
+            raise BaseModelError(
+                f"the plan {context.config.trainer.base_plan} was made for another base than {base}",
+                "make one for this base with edge-agent quantize-base",
+            )
         self.fingerprint = mine
         known = context.record.run
         if known is None or known.nonce != run.nonce:
@@ -216,6 +222,7 @@ class Joining:
 def setup_for(context: Context, run: Run, spec: TrainSpec) -> Setup:
     """What the trainer holds for a run on this device."""
     config = context.config
+    base_precision, base_plan = config.trainer.base_held()
     return Setup(
         base=config.base.path,
         task=run.task,
@@ -229,6 +236,8 @@ def setup_for(context: Context, run: Run, spec: TrainSpec) -> Setup:
         threads=config.trainer.threads,
         memory_mb=config.limits.memory_mb,
         data=config.data.source(),
+        base_precision=base_precision,
+        base_plan=base_plan,
     )
 
 
@@ -258,9 +267,9 @@ def _knowledge_key(context: Context, run: Run, fingerprint: Fingerprint | None) 
         ) from error
     facts = [
         fingerprint, run.spec, run.levers, run.micro_batch, run.labels, run.template,
-        config.data, config.trainer, config.limits.memory_mb,
+        config.data, config.trainer, config.trainer.base_held(), config.limits.memory_mb,
         profile.machine, profile.processor, profile.cores, profile.accelerators,
-        stat.st_size, stat.st_mtime_ns, _version("edge-sdk"), _version("torch"),
+        stat.st_size, stat.st_mtime_ns, _version("edge-sdk"), _version("torch"), _version("bitsandbytes"),
     ]  # fmt: skip
     return hashlib.sha256(msgspec.json.encode(facts, order="deterministic")).hexdigest()
 

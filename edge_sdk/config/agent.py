@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
+from edge_sdk.config.base_plan import read_plan
 from edge_sdk.config.broker import BrokerConfig
 from edge_sdk.config.kinds import BasePath, FilePath, FolderPath
 from edge_sdk.protocol.base import Name, NotNegative, Record, Text
+from edge_sdk.protocol.base_plan import BasePlan
 from edge_sdk.protocol.trainer import DataSource
 
 __all__ = ["AgentConfig", "AgentSection", "BaseSection", "DataSection", "LimitsSection", "TrainerSection"]
@@ -50,6 +52,16 @@ class TrainerSection(Record, frozen=True, kw_only=True):
     ] = "auto"
     threads: NotNegative = 0
     """0: as many as torch likes."""
+    base_precision: Literal["fp32", "bf16", "fp16", "int8", "nf4", "int2"] = "fp32"
+    """What the frozen base is held in. Below 16 bits the embeddings are held in 8."""
+    base_plan: FilePath | None = None
+    """Bits for each block, as `edge-agent quantize-base` wrote them; instead of one precision for all."""
+
+    def base_held(self) -> tuple[str, BasePlan | None]:
+        """The word of the base's precision, and its plan. Raises ConfigError where the plan is none."""
+        if self.base_plan is None:
+            return self.base_precision, None
+        return "plan", read_plan(self.base_plan)
 
 
 class LimitsSection(Record, frozen=True, kw_only=True):

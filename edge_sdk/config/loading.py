@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import msgspec
 
-from edge_sdk.config.agent import AgentConfig, AgentSection, DataSection
+from edge_sdk.config.agent import AgentConfig, AgentSection, DataSection, TrainerSection
 from edge_sdk.config.broker import BrokerConfig, check_broker, is_embedded
 from edge_sdk.config.checking import Rules, Schema, check, read_toml
 from edge_sdk.config.problems import Problem, shown
@@ -37,7 +37,12 @@ _RUN = Schema(RunConfig, "run.toml", "the server")
 
 def load_agent_config(path: str | Path) -> AgentConfig:
     """The device's config. Paths in it are absolute. Raises ConfigError with every error of the file."""
-    rules: Rules = {"agent": _check_agent, "broker": _check_agent_broker, "data": _check_data}
+    rules: Rules = {
+        "agent": _check_agent,
+        "broker": _check_agent_broker,
+        "data": _check_data,
+        "trainer": _check_trainer,
+    }
     return _load(path, AgentConfig, _RUN, rules)
 
 
@@ -48,6 +53,7 @@ def load_run_config(path: str | Path) -> RunConfig:
         "broker": check_broker,
         "lora": _check_lora,
         "evaluation": _check_evaluation,
+        "trainer": _check_trainer,
     }
     return _load(path, RunConfig, _AGENT, rules)
 
@@ -88,6 +94,19 @@ def _check_data(data: DataSection, key: str = "data") -> list[Problem]:
             what = f'is "{getattr(data, other)}", as {key}.{one} is'
             problems.append(Problem(f"{key}.{other}", what, "name two columns"))
     return problems
+
+
+def _check_trainer(trainer: TrainerSection) -> list[Problem]:
+    if trainer.base_plan is None:
+        return []
+    if trainer.base_precision != "fp32":
+        what = f'is "{trainer.base_precision}", and trainer.base_plan says otherwise'
+        return [Problem("trainer.base_precision", what, "take one of the two out")]
+    try:
+        trainer.base_held()
+    except ConfigError as error:
+        return [Problem("trainer.base_plan", error.message, error.hint)]
+    return []
 
 
 def _check_run(run: RunSection) -> list[Problem]:

@@ -88,6 +88,9 @@ path = <DATA>
 [trainer]
 # device = "auto"          # auto, cpu, cuda, cuda:1; auto takes CUDA where it works
 # threads = 0              # 0: as many as torch likes; fewer leave the machine usable, and train slower
+# base_precision = "fp32"  # what the frozen base is held in: bf16, fp16 take half of fp32's memory, int8 a
+#                          # quarter, nf4 an eighth, int2 a fifteenth; below 8 bits the model gets worse
+# base_plan = "plan.json"  # instead: bits for each block within a budget, as `edge-agent quantize-base` plans
 
 [limits]
 # memory_mb = 2000         # what the trainer process may hold in all (10^6 bytes), enforced. Less memory:
@@ -167,5 +170,7 @@ path = <DATA>
 [trainer]                  # where the server evaluates
 # device = "auto"
 # threads = 0
+# base_precision = "fp32"  # as in agent.toml; what devices hold is their own affair
+# base_plan = "plan.json"
 """
 )

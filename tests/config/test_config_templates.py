@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 
 from edge_sdk.config.agent import AgentConfig
+from edge_sdk.config.base_plan import write_plan
 from edge_sdk.config.checking import keys, read_toml
 from edge_sdk.config.loading import load_agent_config, load_run_config
 from edge_sdk.config.run import RunConfig
 from edge_sdk.config.templates import agent_toml, run_toml
+from edge_sdk.protocol.base_plan import BasePlan, BlockPlan
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 KINDS = [
@@ -18,7 +20,7 @@ KINDS = [
 ]
 # Keys whose default is "none", so that their template shows an example.
 NO_DEFAULT = {"device_class", "username", "password_file", "ca", "cert", "key", "memory_mb", "uplink_kbps"}
-NO_DEFAULT |= {"deadline_s", "template"}
+NO_DEFAULT |= {"deadline_s", "template", "base_plan"}
 
 
 def uncommented(text):
@@ -38,6 +40,17 @@ def leaves(table, prefix=""):
 def folder(tmp_path):
     for name in ("train.jsonl", "held-out.jsonl", "password.txt", "ca.pem", "client.pem", "client.key"):
         (tmp_path / name).touch()
+    block = BlockPlan(block=0, bits=4, bytes=4, bytes_before=16, salience=1, error=0.01)
+    plan = BasePlan(
+        base="0" * 64,
+        blocks=(block,),
+        method="loss",
+        calibration="",
+        objective=0.01,
+        bytes=4,
+        bytes_before=16,
+    )
+    write_plan(tmp_path / "plan.json", plan)
     return tmp_path
 
 

@@ -44,7 +44,7 @@ def base_precision(word: str, device: Any, plan: BasePlan | None = None) -> Base
     if (plan is None) is (word == "plan"):
         raise MechanismError(
             f"base precision {word} comes {'without' if plan is None else 'with'} a plan",
-            'trainer.base_plan and trainer.base_precision = "plan" belong together',
+            "name the plan as trainer.base_plan, and no trainer.base_precision",
         )
     dtype = compute_dtype(word, device)
     if word not in QUANTIZED_WORDS:
