@@ -154,7 +154,7 @@ class _Unpacked:
 
 def _held_as(frozen: FrozenWeight, dtype: Any) -> bool:
     """Whether the weight needs no unpacking, or has products of its own."""
-    return frozen.nbytes >= frozen.in_features * frozen.out_features * dtype.itemsize
+    return bool(frozen.nbytes >= frozen.in_features * frozen.out_features * dtype.itemsize)
 
 
 class _Kept:

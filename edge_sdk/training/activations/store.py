@@ -22,6 +22,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from edge_sdk.training.activations.checkpoint import checkpointed
 from edge_sdk.training.activations.packing import Packed, PackedMask, pack_flat, pack_mask
 from edge_sdk.training.activations.plan import PLAIN, Form, LayerPlan
 
@@ -248,7 +249,10 @@ class ActivationStore:
                     if kind == "edge" or hasattr(module, "keeper"):
                         module.keeper = keeper
                         told.append(module)
-                layer.forward = self._covered(layer.forward, keeper)
+                forward = layer.forward
+                if plan.recompute == "layer":
+                    forward = checkpointed(forward, layer, keeper)
+                layer.forward = self._covered(forward, keeper)
             yield
         finally:
             for layer in plans:
