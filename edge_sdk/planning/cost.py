@@ -17,14 +17,20 @@ from edge_sdk.protocol.measure import Fit
 from edge_sdk.protocol.model import LoraShape, ModelShape
 
 __all__ = [
+    "PREFIX_GROUP",
     "RoundTime",
     "link_s",
     "peak_mb",
+    "prefix_row_bytes",
+    "prefix_share",
     "round_time",
     "step_s",
     "update_bytes",
     "version_bytes",
 ]
+
+PREFIX_GROUP = 64
+"""Values of a kept hidden state that share a scale and an offset at 8 bits."""
 
 
 def peak_mb(fit: Fit, depth: int, quantized: int) -> float:
@@ -35,9 +41,42 @@ def peak_mb(fit: Fit, depth: int, quantized: int) -> float:
     return peak
 
 
-def step_s(fit: Fit, depth: int, quantized: int) -> float:
-    """Seconds of one step of ``fit.micro_batch`` rows."""
-    return fit.forward_s + depth * fit.layer_s + quantized * fit.quantize_s
+def step_s(fit: Fit, depth: int, quantized: int, *, layers: int = 0, prefix_read: float = 0.0) -> float:
+    """Seconds of one step of ``fit.micro_batch`` rows.
+
+    ``prefix_read``: share of row visits whose frozen layers, ``layers - depth`` of ``layers``, are read
+    rather than computed, on the average of a round (``prefix_share``). That part of the forward pass goes.
+    """
+    spared = prefix_read * (layers - depth) / layers if prefix_read and layers else 0.0
+    return (1.0 - spared) * fit.forward_s + depth * fit.layer_s + quantized * fit.quantize_s
+
+
+def prefix_share(rows: int, visits: int, kept: int) -> float:
+    """Share of a round's row visits at which what enters the lowest tuned layer is there already.
+
+    Rows come equally often, v = visits / rows times; the first visit of each computes. Of those that come
+    once more than others (visits mod rows) rows are kept first.
+    """
+    whole, more = divmod(visits, rows) if rows else (0, 0)
+    often = min(kept, more)
+    read = often * whole + min(kept - often, rows - more) * max(0, whole - 1)
+    return read / visits if visits else 0.0
+
+
+def prefix_row_bytes(shape: ModelShape, max_length: int, form: str = "exact", value_bytes: int = 4) -> int:
+    """What one kept row takes: length · hidden values of ``value_bytes`` each, or fewer in another form.
+
+    Raises MechanismError for a form without a cost.
+    """
+    values = max_length * shape.hidden
+    if form == "exact":
+        return values * value_bytes
+    if form == "fp16":
+        return 2 * values + 4
+    if form == "int8":
+        group = next(g for g in range(min(PREFIX_GROUP, shape.hidden), 0, -1) if shape.hidden % g == 0)
+        return values + values // group * 8
+    raise MechanismError(f"no cost is known for kept hidden states in {form!r}", "exact, fp16 or int8")
 
 
 @dataclass(frozen=True)

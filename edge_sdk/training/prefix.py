@@ -3,8 +3,8 @@
 What enters the lowest tuned layer is kept for each row at its first visit and fed in at later ones: the
 layers below then hand their input through. Found by structure: hooks see the calls of the base model and of
 the lowest tuned layer; masks and rotary embeddings, which the model makes for each call, are made as ever.
-It needs no dropout below, and rows that come again. One row, computed in full and once more from what is to
-be kept of it, shows that the model is of that structure; else nothing is reused, and ``off`` says why.
+It needs no dropout below, and rows that come again. A few tokens, computed in full and once more from what
+enters that layer, show that the model is of that structure; else nothing is reused, and ``off`` says why.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from edge_sdk.training.prefix_store import KeptRows, MemoryShelf, RowForm, Shelf
 __all__ = ["Prefix"]
 
 _log = logging.getLogger(__name__)
+_TRIED = 16
+"""Tokens of one row that the model is tried with."""
 
 
 class _ReachedError(BaseException):  # no handler in a model's code may take it for a failure
@@ -68,9 +70,9 @@ class Prefix:
         """Length of the tuple that a layer returns, by its number; 0: a tensor alone."""
         self._visited = 0
         self._expected: Any = None
-        self._storing: tuple[KeptRows, Any] | None = None
+        self._storing: Any = None
         self._feeding: Any = None
-        self._reaching = False
+        self._tried = self._reaching = False
         self._reached: Any = None
         self.computed = self.read = self.kept_bytes = 0
         self.off: str | None = None
@@ -95,13 +97,16 @@ class Prefix:
             self._base.register_forward_hook(self._end, always_call=True),
             self._bottom.register_forward_pre_hook(self._enter, with_kwargs=True),
         ]
+        before = [vars(layer).get("forward") for layer in self._below]
         for number, layer in enumerate(self._below):
             layer.forward = self._passing(number, layer.forward)
         try:
             yield
         finally:
-            for layer in self._below:
+            for layer, forward in zip(self._below, before, strict=True):
                 del layer.forward
+                if forward is not None:
+                    layer.forward = forward
             for handle in handles:
                 handle.remove()
             if self._kept is not None:
@@ -113,18 +118,19 @@ class Prefix:
         rows, self._expected = self._expected, None
         if rows is None or self.off is not None:
             return
+        if not (self._tried or self._try(args, kwargs, len(rows))):
+            return
         kept = self._kept
-        if kept is None:
-            kept = self._kept = self._begun(*_part(args, kwargs, torch.arange(len(rows)) == 0))
-            if kept is None:
-                _log.warning("the frozen layers are computed at every visit: %s", self.off)
-                return
+        if kept is None:  # at the first visit of all
+            self._storing = rows
+            self.computed += len(rows)
+            return
         there = kept.has(rows)
         count = int(there.sum())
         self.computed += len(rows) - count
         self.read += count
         if not count:
-            self._storing = kept, rows
+            self._storing = rows
             return
         hidden = kept.get(rows[there], next(self._bottom.parameters()).device)
         if count < len(rows):
@@ -146,8 +152,7 @@ class Prefix:
             self._reached = hidden
             raise _ReachedError
         if self._storing is not None:
-            kept, rows = self._storing
-            kept.put(rows, hidden)
+            self._store(self._storing, hidden)
         if self._feeding is None:
             return None
         if args:
@@ -179,12 +184,18 @@ class Prefix:
         hidden, self._reached = self._reached, None
         return hidden
 
-    def _begun(self, args: Any, kwargs: Any) -> KeptRows | None:
-        """An empty store for rows like the one given; None, and ``off``, where nothing can be reused."""
+    def _try(self, args: Any, kwargs: Any, batch: int) -> bool:
+        """Whether the model, fed with what enters its lowest tuned layer, computes what it did."""
+
+        def few(value: Any) -> Any:
+            batched = isinstance(value, torch.Tensor) and value.dim() > 1 and len(value) == batch
+            return value[:1, :_TRIED] if batched else value
+
+        args, kwargs = _each(few, args, kwargs)
         hidden = self._reach(args, kwargs)
-        if not isinstance(hidden, torch.Tensor) or hidden.dim() < 2 or len(hidden) != 1:
-            self.off = "the layers of this model take something else than one entry a row"
-            return None
+        if not isinstance(hidden, torch.Tensor):
+            self._give_up("the layers of this model are not called with hidden states first")
+            return False
         with torch.no_grad():
             whole = self._base.forward(*args, **kwargs)[0]
             try:
@@ -193,21 +204,37 @@ class Prefix:
             finally:
                 self._feeding = None
         if not torch.allclose(whole.float(), fed.float(), rtol=1e-4, atol=1e-5):
-            self.off = "more than their input goes from layer to layer of this model"
-            return None
+            self._give_up("more than their input goes from layer to layer of this model")
+        self._tried = True
+        return self.off is None
+
+    def _store(self, rows: Any, hidden: Any) -> None:
+        if self._kept is None:
+            self._begin_keeping(hidden, len(rows))
+        if self._kept is not None:
+            self._kept.put(rows, hidden)
+
+    def _begin_keeping(self, hidden: Any, batch: int) -> None:
+        """``hidden``: of the first batch."""
+        if hidden.requires_grad or len(hidden) != batch:
+            self._give_up("what enters the lowest tuned layer is trained itself, or not one entry a row")
+            return
         form = RowForm(self._form, hidden)
         chosen = self._worth_keeping(int(self._budget_bytes // form.nbytes))
         if not len(chosen):
-            self.off = f"a row takes {form.nbytes} bytes, and {self._budget_bytes:.0f} may be kept"
-            return None
+            self._give_up(f"a row takes {form.nbytes} bytes, and {self._budget_bytes:.0f} may be kept")
+            return
         try:
-            kept = KeptRows(torch.from_numpy(chosen), self._rows, form, self._shelf)
+            self._kept = KeptRows(torch.from_numpy(chosen), self._rows, form, self._shelf)
         except OSError as error:
             size = len(chosen) * form.nbytes / 1e6
-            self.off = f"there is no room for {size:.0f} MB of hidden states: {error.strerror}"
-            return None
-        self.kept_bytes = kept.nbytes
-        return kept
+            self._give_up(f"there is no room for {size:.0f} MB of hidden states: {error.strerror}")
+            return
+        self.kept_bytes = self._kept.nbytes
+
+    def _give_up(self, why: str) -> None:
+        self.off = why
+        _log.warning("the frozen layers are computed at every visit: %s", why)
 
     def _worth_keeping(self, most: int) -> Any:
         """Row numbers: those that come most often, of these those that come first; at most ``most``."""
@@ -220,8 +247,11 @@ def _part(args: Any, kwargs: Any, chosen: Any) -> tuple[Any, Any]:
     """The inputs of the chosen rows; ``chosen`` (batch,) bool."""
 
     def part(value: Any) -> Any:
-        if isinstance(value, torch.Tensor) and value.dim() and len(value) == len(chosen):
-            return value[chosen.to(value.device)]
-        return value
+        batched = isinstance(value, torch.Tensor) and value.dim() and len(value) == len(chosen)
+        return value[chosen.to(value.device)] if batched else value
 
-    return tuple(part(value) for value in args), {name: part(value) for name, value in kwargs.items()}
+    return _each(part, args, kwargs)
+
+
+def _each(change: Callable[[Any], Any], args: Any, kwargs: Any) -> tuple[Any, Any]:
+    return tuple(change(value) for value in args), {name: change(value) for name, value in kwargs.items()}

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
+from edge_sdk.planning.cost import PREFIX_GROUP
 from edge_sdk.training.activations.kernels import pack_rows, row_bytes, unpack_rows
 
 __all__ = ["DiskShelf", "KeptRows", "MemoryShelf", "RowForm", "Shelf", "on_disk"]
 
-_GROUP = 64
 _HALF_MAX = 32768.0
 
 
@@ -29,7 +29,7 @@ class RowForm:
         self.name = name
         self._shape, self._dtype = tuple(like.shape[1:]), like.dtype
         count = like[0].numel()
-        self._group = next(g for g in range(min(_GROUP, count), 0, -1) if self._shape[-1] % g == 0)
+        self._group = next(g for g in range(min(PREFIX_GROUP, count), 0, -1) if self._shape[-1] % g == 0)
         if name == "exact":
             self.nbytes = count * like.element_size()
         elif name == "fp16":
