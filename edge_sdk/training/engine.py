@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from edge_sdk.errors import TrainerError
+from edge_sdk.errors import MechanismError, TrainerError
 from edge_sdk.protocol.measure import Measured
 from edge_sdk.protocol.trainer import (
     BasePlanned,
@@ -199,6 +199,11 @@ class Engine:
         from edge_sdk.training.update import Start, write_results
 
         candidate, setup = request.candidate, request.setup
+        if not (candidate.depth or resident.task.has_head):
+            raise MechanismError(
+                f"at depth 0 the head alone is trained, and a {resident.task.name} has none",
+                "offer a depth of 1 or more",
+            )
         rows = resident.rows(setup, candidate.max_length)
         resident.settle(setup)
         meter = Meter(resident.device)
