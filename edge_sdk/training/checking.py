@@ -16,13 +16,13 @@ _EVERY_S = 0.1
 
 
 @contextmanager
-def checked(layers: Iterable[Any], check: Callable[[], None], every_s: float = _EVERY_S) -> Iterator[None]:
+def checked(layers: Iterable[Any], check: Callable[[], None], every_s: float | None = None) -> Iterator[None]:
     """Within the context ``check`` is called between layers; what it raises ends the pass, either way."""
-    asked = time.monotonic()
+    asked, pause = time.monotonic(), _EVERY_S if every_s is None else every_s
 
     def ask() -> None:
         nonlocal asked
-        if time.monotonic() - asked >= every_s:
+        if time.monotonic() - asked >= pause:
             check()
             asked = time.monotonic()
 
