@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +23,24 @@ app = typer.Typer(
 
 ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="The agent's config file.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="For programs: JSON on standard output.")]
+
+
+class Precision(str, Enum):
+    fp16 = "fp16"
+    bf16 = "bf16"
+    int8 = "int8"
+    nf4 = "nf4"
+    int2 = "int2"
+
+
+class Salience(str, Enum):
+    loss = "loss"
+    influence = "influence"
+
+
+class Task(str, Enum):
+    classification = "classification"
+    causal_lm = "causal-lm"
 
 
 @app.command()
@@ -59,6 +78,62 @@ def init(
     from edge_sdk.config.templates import agent_toml
 
     write_config(path, agent_toml(), name="agent.toml", command="edge-agent run", force=force, as_json=json)
+
+
+@app.command("quantize-base")
+def quantize_base(
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="The agent's config file; else agent.toml.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", help="Instead of a config: the base's folder, or a hub id.")
+    ] = None,
+    budget_mb: Annotated[
+        float | None,
+        typer.Option("--budget-mb", min=0.001, help="What the whole base may take, in 10^6 bytes."),
+    ] = None,
+    precision: Annotated[
+        Precision | None,
+        typer.Option(
+            "--precision",
+            help="Instead of a budget: the same for every block.",
+        ),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option("--calibration", help="Rows to measure with; else the config's, or random tokens."),
+    ] = None,
+    text: Annotated[str | None, typer.Option("--text", help="The column of their text.")] = None,
+    method: Annotated[
+        Salience,
+        typer.Option(
+            "--method",
+            help="Salience of a block: what the loss rises by when it alone is lowered to 2 bits (a forward "
+            "pass for each), or how far it turns its input (one in all).",
+        ),
+    ] = Salience.loss,
+    rows: Annotated[int, typer.Option("--rows", min=1, max=4096, help="How many of them.")] = 32,
+    length: Annotated[int, typer.Option("--length", min=2, max=32768, help="Tokens of a row.")] = 128,
+    task: Annotated[
+        Task | None,
+        typer.Option(
+            "--task",
+            help="What to load it as; else by its config.json.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Write the plan here, for trainer.base_plan.")
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Plan bits for each block of the base under a budget of bytes, and show what they save."""
+    from edge_sdk.cli import quantizing
+
+    quantizing.quantize_base(
+        config=config, base=base, budget_mb=budget_mb, precision=None if precision is None else precision.value,
+        calibration=calibration, text=text, method=method.value, rows=rows, length=length,
+        task=None if task is None else task.value, out=out, as_json=json,
+    )  # fmt: skip
 
 
 @app.command("device-classes")
