@@ -69,6 +69,7 @@ def setup_of(config: RunConfig, spec: TrainSpec, base: str) -> Setup:
         max_length=config.training.max_length,
         micro_batch=config.training.batch,
         lora=LoraShape(rank=config.lora.rank, alpha=config.lora.alpha, targets=config.lora.targets),
+        layers=config.base.layers,
         spec=spec,
         device=config.trainer.device,
         threads=config.trainer.threads,

@@ -60,6 +60,7 @@ def make_run(config: RunConfig, method: Method, shape: ModelShape, fingerprint: 
         max_length=config.training.max_length,
         micro_batch=config.training.batch,
         lora=_lora(config),
+        layers=config.base.layers,
         spec=method.spec(config),
         levers=method.levers,
         shape=shape,

@@ -32,6 +32,7 @@ def candidates_for(
                 base_precision=method.base_precision or costs.base_precision,
                 codec=method.codec,
                 micro_batch=work.micro_batch,
+                accumulation=work.accumulation,
                 steps=work.steps,
                 max_length=work.max_length,
                 peak_mb=pair.peak_mb,

@@ -31,10 +31,11 @@ class Work:
     steps: int
     levers: Levers
     codec: str
+    accumulation: int = 1
 
     @classmethod
-    def of(cls, run: Run, *, steps: int, levers: Levers, codec: str) -> Work:
-        return cls(run.shape, run.lora, run.micro_batch, run.max_length, steps, levers, codec)
+    def of(cls, run: Run, *, steps: int, levers: Levers, codec: str, accumulation: int = 1) -> Work:
+        return cls(run.shape, run.lora, run.micro_batch, run.max_length, steps, levers, codec, accumulation)
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class DeviceCosts:
             self.fit,
             depth,
             quantized,
-            steps=work.steps,
+            steps=work.steps * work.accumulation,
             bytes_up=bytes_up,
             bytes_down=bytes_down,
             up_bps=self.up_bps,

@@ -63,7 +63,13 @@ def plan_round(
         utilities: of each layer, from the input up; None: uniform. See ``costs.layer_gains``.
         previous: depth recommended to each device in the round before, for hysteresis.
     """
-    work = Work.of(run, steps=config.training.steps, levers=method.levers, codec=method.codec)
+    work = Work.of(
+        run,
+        steps=config.training.steps,
+        levers=method.levers,
+        codec=method.codec,
+        accumulation=config.training.accumulation,
+    )
     fleet, excluded = [], {}
     for status in sorted(statuses, key=lambda s: s.device):
         try:

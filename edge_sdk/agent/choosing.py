@@ -6,14 +6,16 @@ from msgspec.structs import replace
 
 from edge_sdk.agent.budgets import link_now, memory_now
 from edge_sdk.agent.context import Context
-from edge_sdk.agent.joining import Joining
+from edge_sdk.agent.joining import Joining, setup_for
 from edge_sdk.agent.record import RoundRow
-from edge_sdk.planning.choice import Budgets, Infeasible, choose, step_down
+from edge_sdk.planning.choice import Budgets, Infeasible, PrefixRoom, choose, step_down
+from edge_sdk.planning.cost import peak_mb
 from edge_sdk.protocol.measure import Fit
-from edge_sdk.protocol.trainer import Described
+from edge_sdk.protocol.spec import TrainSpec
+from edge_sdk.protocol.trainer import Described, Setup
 from edge_sdk.protocol.wire import Choice, Decline, DeclineReason, Offer, Run
 
-__all__ = ["decline_of", "first_choice", "smaller_choice"]
+__all__ = ["decline_of", "first_choice", "smaller_choice", "training_setup"]
 
 
 def first_choice(context: Context, joining: Joining, row: RoundRow, now: float) -> Choice | Decline:
@@ -27,7 +29,7 @@ def first_choice(context: Context, joining: Joining, row: RoundRow, now: float) 
     if missing:
         return decline_of(context, row, "mechanism", f"this device lacks {', '.join(sorted(missing))}")
     found = choose(
-        candidates, fit=fit, budgets=_budgets(context, row, fit, described.device, now),
+        candidates, fit=fit, budgets=_budgets(context, row, fit, described, now),
         shape=run.shape, lora=run.lora, down_bytes=_missing_bytes(context, offer),
     )  # fmt: skip
     if isinstance(found, Infeasible):
@@ -46,7 +48,7 @@ def smaller_choice(
     known = set(described.mechanisms)
     found = step_down(
         [one for one in row.offer.candidates if one.needs() <= known], failed.candidate, fit=fit,
-        budgets=_budgets(context, row, fit, described.device, now), shape=run.shape, lora=run.lora,
+        budgets=_budgets(context, row, fit, described, now), shape=run.shape, lora=run.lora,
         down_bytes=_missing_bytes(context, row.offer),
     )  # fmt: skip
     if found is None:
@@ -63,6 +65,17 @@ def decline_of(context: Context, row: RoundRow, reason: DeclineReason, message: 
     )
 
 
+def training_setup(context: Context, joining: Joining, run: Run, spec: TrainSpec, choice: Choice) -> Setup:
+    """What the trainer holds: of the cache in memory, what the choice reckoned with."""
+    setup, one = setup_for(context, run, spec), choice.candidate
+    if joining.fit is None or joining.described is None:
+        return replace(setup, prefix_mb=0.0)
+    if setup.prefix_place != "memory" or joining.described.device != "cpu":
+        return setup
+    kept = one.peak_mb - peak_mb(joining.fit, one.depth, one.quantized_layers)
+    return replace(setup, prefix_mb=kept + 1e-6 if kept > 1e-6 else 0.0)  # a byte, for what sums round off
+
+
 def _known(joining: Joining) -> tuple[Run, Described, Fit]:
     run, described, fit = joining.run, joining.described, joining.fit
     if run is None or described is None or fit is None:
@@ -70,13 +83,20 @@ def _known(joining: Joining) -> tuple[Run, Described, Fit]:
     return run, described, fit
 
 
-def _budgets(context: Context, row: RoundRow, fit: Fit, device: str, now: float) -> Budgets:
+def _budgets(context: Context, row: RoundRow, fit: Fit, described: Described, now: float) -> Budgets:
     """Measured now; the time is the plan's, or what the deadline leaves."""
-    memory, link = memory_now(context, fit, device), link_now(context)
+    memory, link = memory_now(context, fit, described.device), link_now(context)
     left_s = row.received + row.offer.deadline_s - now
+    limits, spec = context.config.limits, row.offer.spec
+    prefix = None
+    if limits.prefix_cache_mb and not spec.dropout:
+        prefix = PrefixRoom(
+            mb=limits.prefix_cache_mb, rows=described.samples, form=spec.prefix,
+            in_memory=limits.prefix_cache == "memory" and described.device == "cpu",
+        )  # fmt: skip
     return Budgets(
         memory_mb=memory.budget_mb, deadline_s=min(row.offer.time_budget_s, left_s), latest_s=left_s,
-        up_bps=link.up_bps, down_bps=link.down_bps,
+        up_bps=link.up_bps, down_bps=link.down_bps, prefix=prefix,
     )  # fmt: skip
 
 

@@ -231,6 +231,7 @@ def setup_for(context: Context, run: Run, spec: TrainSpec) -> Setup:
         max_length=run.max_length,
         micro_batch=run.micro_batch,
         lora=run.lora,
+        layers=run.layers,
         spec=spec,
         device=config.trainer.device,
         threads=config.trainer.threads,
@@ -238,6 +239,8 @@ def setup_for(context: Context, run: Run, spec: TrainSpec) -> Setup:
         data=config.data.source(),
         base_precision=base_precision,
         base_plan=base_plan,
+        prefix_mb=config.limits.prefix_cache_mb,
+        prefix_place=config.limits.prefix_cache,
     )
 
 

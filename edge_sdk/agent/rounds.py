@@ -12,10 +12,10 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from edge_sdk.agent.choosing import decline_of, first_choice, smaller_choice
+from edge_sdk.agent.choosing import decline_of, first_choice, smaller_choice, training_setup
 from edge_sdk.agent.context import Context
 from edge_sdk.agent.downloads import Downloads
-from edge_sdk.agent.joining import Joining, setup_for
+from edge_sdk.agent.joining import Joining
 from edge_sdk.agent.packing import adopt_update, lies_whole, sweep_objects
 from edge_sdk.agent.record import Packed, RoundRow
 from edge_sdk.agent.states import ROUND, Occasion, RoundState
@@ -233,8 +233,9 @@ class Rounds:
 
         def build(id: int) -> Train:
             return Train(
-                id=id, setup=setup_for(context, run, spec), run=run.run, round=row.round,
-                device=context.device, fingerprint=fingerprint.digest, candidate=choice.candidate, spec=spec,
+                id=id, setup=training_setup(context, joining, run, spec, choice), run=run.run,
+                round=row.round, device=context.device, fingerprint=fingerprint.digest,
+                candidate=choice.candidate, spec=spec,
                 versions=tuple(str(context.store.path(ref.object)) for ref in row.offer.versions),
                 residual=None if residual is None else str(context.store.path(residual)),
                 owed=tuple(str(context.store.path(digest)) for digest in owed),
@@ -251,6 +252,7 @@ class Rounds:
             self._context.emit(
                 "training.progress", round=0 if row is None else row.round, stage=reply.stage,
                 done=reply.done, total=reply.total, loss=reply.loss,
+                tokens_per_s=reply.tokens_per_s, left_s=reply.left_s,
             )  # fmt: skip
             return
         self._training = False

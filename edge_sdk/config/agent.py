@@ -69,6 +69,10 @@ class LimitsSection(Record, frozen=True, kw_only=True):
     """What the trainer process may hold in all; enforced."""
     uplink_kbps: Annotated[float, msgspec.Meta(gt=0)] | None = None
     """kilobit per second; what the agent sends is held to it by a token bucket."""
+    prefix_cache_mb: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    """What may be kept of the frozen layers' output over the epochs of a round; 0: nothing."""
+    prefix_cache: Literal["memory", "disk"] = "memory"
+    """Where. In memory it is part of ``memory_mb``; on disk, a file without a name in the state folder."""
 
 
 class AgentConfig(Record, frozen=True, kw_only=True):

@@ -17,6 +17,7 @@ __all__ = [
     "EvaluationSection",
     "LoraSection",
     "RoundsSection",
+    "RunBaseSection",
     "RunConfig",
     "RunSection",
     "TrainingSection",
@@ -27,6 +28,11 @@ MAX_LABELS = 4096
 TEMPLATES = {"classification": "{text}", "causal-lm": "{prompt}\n{response}"}
 Rate = Annotated[float, msgspec.Meta(gt=0, le=10)]
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
+
+
+class RunBaseSection(BaseSection, frozen=True, kw_only=True):
+    layers: Text = ""
+    """Path of the list of transformer layers in the model, where it cannot be found by structure."""
 
 
 class RunSection(Record, frozen=True, kw_only=True):
@@ -60,12 +66,18 @@ class TrainingSection(Record, frozen=True, kw_only=True):
     steps: Positive = 25
     batch: Positive = 16
     max_length: Annotated[int, msgspec.Meta(ge=1, le=32768)] = 128
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    accumulation: Positive = 1
+    """Batches a step; memory is that of one."""
+    optimizer: Literal["adamw", "adamw8bit", "paged-adamw8bit", "sgd"] = "adamw"
+    factors: Literal["AB", "A", "B"] | None = None
+    """Of each LoRA pair, what is trained; None: what the method says."""
     learning_rate: Rate = 2e-3
     head_learning_rate: Rate = 1e-2
     weight_decay: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     clip_norm: Annotated[float, msgspec.Meta(gt=0)] = 1.0
     warmup_steps: NotNegative = 0
+    schedule: Literal["constant", "linear"] = "constant"
+    prefix_form: Literal["exact", "fp16", "int8"] = "exact"
 
 
 class RoundsSection(Record, frozen=True, kw_only=True):
@@ -94,7 +106,7 @@ class RunConfig(Record, frozen=True, kw_only=True):
     """All of ``run.toml``. Paths are relative to the file and absolute after loading."""
 
     run: RunSection
-    base: BaseSection
+    base: RunBaseSection
     broker: BrokerConfig = BrokerConfig()
     lora: LoraSection = LoraSection()
     training: TrainingSection = TrainingSection()

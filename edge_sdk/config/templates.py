@@ -97,6 +97,9 @@ path = <DATA>
 #                          # fewer layers tuned, or more of their activations quantized (some more time)
 # uplink_kbps = 1000       # kilobit per second that the agent may send; a slow link makes rounds longer,
 #                          # or the device choose a smaller update
+# prefix_cache_mb = 0      # room to keep what the frozen layers give, over the epochs of a round: rows seen
+#                          # again then skip them, which saves most of a step where few layers are tuned
+# prefix_cache = "memory"  # memory (part of memory_mb) or disk
 """
 )
 
@@ -121,6 +124,7 @@ labels = <LABELS>
 [base]
 # folder or hub id; every device needs the same weights
 path = <BASE>
+# layers = "model.layers"  # the list of transformer layers, where it is not found by itself
 
 [broker]
 # url = "embedded"         # the server's own broker, on this machine only ("embedded:1883" for a fixed
@@ -137,12 +141,18 @@ path = <BASE>
 # steps = 25               # per device and round: more steps, fewer rounds, but devices drift apart
 # batch = 16               # rows a step; activation memory grows in step with it
 # max_length = 128         # tokens a row, the rest is cut; memory and time grow with it, attention faster
-# optimizer = "adamw"      # adamw keeps two more values per trained one; sgd none, and needs other rates
+# accumulation = 1         # batches a step: a larger batch in the memory of one
+# optimizer = "adamw"      # adamw keeps 8 bytes per trained value, adamw8bit 2 (paged-adamw8bit: on GPUs,
+#                          # by bitsandbytes), sgd none, and it needs other rates
+# factors = "AB"           # "B" freezes A (LoRA-FA): less activation memory, half the trained values
 # learning_rate = 2e-3     # for LoRA
 # head_learning_rate = 1e-2  # for the task head, which starts from nothing: about five times LoRA's
 # weight_decay = 0.0
 # clip_norm = 1.0          # longest gradient
 # warmup_steps = 0         # steps of a round over which the rate rises
+# schedule = "constant"    # after the warm-up; linear: falling towards 0 at the end of each round
+# prefix_form = "exact"    # how devices may keep what frozen layers give: fp16 and int8 take less room
+#                          # (see limits.prefix_cache_mb), and round it
 
 [rounds]
 # total = 10               # a round in which nobody delivered counts too

@@ -7,12 +7,19 @@ device chooses while the two measure the same.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import msgspec
 
-from edge_sdk.planning.cost import RoundTime, peak_mb, round_time, update_bytes
+from edge_sdk.planning.cost import (
+    RoundTime,
+    peak_mb,
+    prefix_row_bytes,
+    prefix_share,
+    round_time,
+    update_bytes,
+)
 from edge_sdk.protocol.measure import Budget, Fit
 from edge_sdk.protocol.model import LoraShape, ModelShape
 from edge_sdk.protocol.spec import Candidate, Levers
@@ -23,6 +30,7 @@ __all__ = [
     "Budgets",
     "Chosen",
     "Infeasible",
+    "PrefixRoom",
     "choose",
     "fits_memory",
     "predict",
@@ -38,6 +46,19 @@ STEP_DOWN_MARGIN = 0.1
 
 
 @dataclass(frozen=True)
+class PrefixRoom:
+    """Room for kept hidden states of ``rows`` rows, in a form of ``cost.prefix_row_bytes``.
+
+    ``in_memory``: it is taken from the memory budget, and never more than training leaves of that.
+    """
+
+    mb: float
+    rows: int
+    in_memory: bool
+    form: str = "exact"
+
+
+@dataclass(frozen=True)
 class Budgets:
     """What a round may use on this device.
 
@@ -46,6 +67,7 @@ class Budgets:
     ``up_bps``, ``down_bps``: None: not known, and then no reason to exclude anything.
     ``latest_s``: until the round closes, where that is later: where nothing meets ``deadline_s``, which is
     only aimed at, the quickest candidate is taken as long as it meets this one. None: no such room.
+    ``prefix``: room for what enters the lowest tuned layer, kept over the epochs; None: it is not kept.
     """
 
     memory_mb: float
@@ -53,6 +75,7 @@ class Budgets:
     up_bps: float | None = None
     down_bps: float | None = None
     latest_s: float | None = None
+    prefix: PrefixRoom | None = None
 
 
 @dataclass(frozen=True)
@@ -123,6 +146,8 @@ def predict(
 ) -> tuple[Candidate, RoundTime]:
     """The candidate with this device's own peak, seconds and bytes in it, and its seconds apart."""
     bytes_up = update_bytes(shape, lora, candidate.depth, candidate.codec)
+    peak = peak_mb(fit, candidate.depth, candidate.quantized_layers)
+    read, kept_mb = _prefix(candidate, shape, budgets, peak)
     time = round_time(
         fit,
         candidate.depth,
@@ -132,15 +157,30 @@ def predict(
         bytes_down=down_bytes,
         up_bps=budgets.up_bps,
         down_bps=budgets.down_bps,
+        layers=shape.layers,
+        prefix_read=read,
     )
     own = msgspec.structs.replace(
         candidate,
-        peak_mb=peak_mb(fit, candidate.depth, candidate.quantized_layers),
+        peak_mb=peak + kept_mb,
         seconds=time.total_s,
         bytes_up=bytes_up,
         bytes_down=down_bytes,
     )
     return own, time
+
+
+def _prefix(candidate: Candidate, shape: ModelShape, budgets: Budgets, peak: float) -> tuple[float, float]:
+    """Share of row visits whose frozen layers are read, and the MB of memory that this takes."""
+    room = budgets.prefix
+    if room is None or not 0 < candidate.depth < shape.layers:
+        return 0.0, 0.0
+    visits = candidate.steps * candidate.accumulation * candidate.micro_batch
+    size = prefix_row_bytes(shape, candidate.max_length, room.form) / 1e6
+    most = min(room.mb, MEMORY_SAFETY * budgets.memory_mb - peak) if room.in_memory else room.mb
+    kept = min(room.rows, max(0, int(most / size)))
+    read = prefix_share(room.rows, visits, kept)
+    return read, kept * size if room.in_memory and read else 0.0
 
 
 def choose(
@@ -188,7 +228,10 @@ def step_down(
     down_bytes: int,
 ) -> Chosen | None:
     """What to try after ``failed`` ran out of memory: the best that is predicted to need at least
-    ``STEP_DOWN_MARGIN`` less, and meets the budgets; None when there is none."""
+    ``STEP_DOWN_MARGIN`` less, and meets the budgets; None when there is none. No hidden states are kept in
+    memory then."""
+    if budgets.prefix is not None and budgets.prefix.in_memory:
+        budgets = replace(budgets, prefix=None)
     ceiling = (1.0 - STEP_DOWN_MARGIN) * peak_mb(fit, failed.depth, failed.quantized_layers)
     smaller = [
         o

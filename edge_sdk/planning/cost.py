@@ -111,10 +111,12 @@ def round_time(
     bytes_down: int,
     up_bps: float | None,
     down_bps: float | None,
+    layers: int = 0,
+    prefix_read: float = 0.0,
 ) -> RoundTime:
-    """Time of a round of ``steps`` steps (accumulated ones counted one by one)."""
+    """Time of a round of ``steps`` steps (accumulated ones counted one by one); see ``step_s``."""
     return RoundTime(
-        train_s=steps * step_s(fit, depth, quantized),
+        train_s=steps * step_s(fit, depth, quantized, layers=layers, prefix_read=prefix_read),
         up_s=link_s(bytes_up, up_bps),
         down_s=link_s(bytes_down, down_bps),
     )

@@ -73,6 +73,8 @@ class Setup(Record, frozen=True, kw_only=True):
     max_length: Positive
     micro_batch: Positive
     lora: LoraShape
+    layers: Text = ""
+    """Path of the list of transformer layers in the model; "": it is found."""
     spec: TrainSpec
     device: Text = "auto"
     """``auto``, ``cpu`` or ``cuda:N``."""

@@ -79,6 +79,8 @@ class Run(Record, frozen=True, kw_only=True, tag="run"):
     max_length: Positive
     micro_batch: Positive
     lora: LoraShape
+    layers: Text = ""
+    """Path of the list of transformer layers in the model; "": every party finds it."""
     spec: TrainSpec
     """What devices probe with; an offer brings the one of its round."""
     levers: Levers = Levers()

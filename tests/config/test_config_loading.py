@@ -202,7 +202,7 @@ def test_a_state_folder_that_is_a_file(agent, tmp_path):
         (
             "[base]",
             '[training]\noptimizer = "adam"\n[base]',
-            'received "adam"; allowed: one of "adamw", "sgd"',
+            'received "adam"; allowed: one of "adamw", "adamw8bit", "paged-adamw8bit", "sgd"',
         ),
         ("[base]", "[training]\nlearning_rate = 20\n[base]", "a finite number above 0, at most 10"),
         ("[base]", "[transfer]\nchunk_kib = 257\n[base]", "an integer at least 1, at most 256"),

@@ -20,7 +20,7 @@ KINDS = [
 ]
 # Keys whose default is "none", so that their template shows an example.
 NO_DEFAULT = {"device_class", "username", "password_file", "ca", "cert", "key", "memory_mb", "uplink_kbps"}
-NO_DEFAULT |= {"deadline_s", "template", "base_plan"}
+NO_DEFAULT |= {"deadline_s", "template", "base_plan", "factors", "layers"}
 
 
 def uncommented(text):
