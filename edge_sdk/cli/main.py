@@ -130,7 +130,8 @@ def quantize_base(
     from edge_sdk.cli import quantizing
 
     quantizing.quantize_base(
-        config=config, base=base, budget_mb=budget_mb, precision=None if precision is None else precision.value,
+        config=config, base=base, budget_mb=budget_mb,
+        precision=None if precision is None else precision.value,
         calibration=calibration, text=text, method=method.value, rows=rows, length=length,
         task=None if task is None else task.value, out=out, as_json=json,
     )  # fmt: skip
