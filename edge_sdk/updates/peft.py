@@ -109,7 +109,7 @@ def _config(shape: ModelShape, lora: LoraShape, base: str, task: str) -> dict[st
         "lora_alpha": lora.alpha,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(module.transposed for module in shape.modules),
         "inference_mode": True,
         # a pattern over whole paths: a name alone would hit the pooler's dense layer too
         "target_modules": rf"{re.escape(shape.layer_path)}\.\d+\.({modules})",

@@ -11,8 +11,7 @@ import aggregator.methods.base as base
 from aggregator.merging.layer_mean import LayerMean
 from aggregator.methods.base import Method, find_method, method_names
 from aggregator.planner.allocation import FullDepth, GreedyDepth
-from edge_sdk.config.agent import BaseSection
-from edge_sdk.config.run import RunConfig, RunSection, TrainingSection
+from edge_sdk.config.run import RunBaseSection, RunConfig, RunSection, TrainingSection
 from edge_sdk.errors import ConfigError, MechanismError
 
 OWN = """
@@ -50,7 +49,7 @@ def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]
 def config(method: str = "fedquad") -> RunConfig:
     return RunConfig(
         run=RunSection(name="r", labels=("a", "b"), method=method, seed=5),
-        base=BaseSection(path="base"),
+        base=RunBaseSection(path="base"),
         training=TrainingSection(
             optimizer="sgd",
             learning_rate=0.003,

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from edge_sdk.config.agent import BaseSection
-from edge_sdk.config.run import LoraSection, RoundsSection, RunConfig, RunSection, TrainingSection
+from edge_sdk.config.run import (
+    LoraSection,
+    RoundsSection,
+    RunBaseSection,
+    RunConfig,
+    RunSection,
+    TrainingSection,
+)
 from edge_sdk.protocol.measure import Fit, Link, Memory, ProbePoint, Profile
 from edge_sdk.protocol.model import DensePart, Fingerprint, LoraModule, LoraShape, ModelShape
 from edge_sdk.protocol.spec import TrainSpec
@@ -57,7 +63,7 @@ def a_run(layers: int = 6) -> Run:
 def a_config(steps: int = 10, deadline_s: float | None = None, method: str = "fedquad") -> RunConfig:
     return RunConfig(
         run=RunSection(name="r", labels=("a", "b"), method=method, seed=5),
-        base=BaseSection(path="base"),
+        base=RunBaseSection(path="base"),
         lora=LoraSection(),
         training=TrainingSection(steps=steps, batch=16, max_length=32, learning_rate=0.003),
         rounds=RoundsSection(deadline_s=deadline_s),

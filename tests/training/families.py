@@ -63,13 +63,16 @@ FAMILIES = {
     "phi3": Family("Phi-3", "Phi3Config", DECODER, "model.layers", 4, _GROUPED),
 }  # fmt: skip
 
+REFUSED = {"gemma2": Family("Gemma 2", "Gemma2Config", ("causal-lm",), "model.layers", 7, _GROUPED)}
+"""As language models."""
+
 
 def make_base(family: str, task: str, folder: Path, **settings: Any) -> None:
     """Saves a random model of the family: three layers, weights large enough that every one matters."""
     import torch
     import transformers
 
-    row = FAMILIES[family]
+    row = (FAMILIES | REFUSED)[family]
     config = getattr(transformers, row.config)(**{**row.settings, **settings})
     config.initializer_range = 0.15
     config.num_labels = 3
@@ -81,3 +84,21 @@ def make_base(family: str, task: str, folder: Path, **settings: Any) -> None:
             if parameter.dim() == 1:  # biases and norms begin as zeros and ones, which hide mistakes
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
     net.save_pretrained(folder)
+
+
+def table(models: dict[tuple[str, str], Any]) -> str:
+    """The table of docs/models.md, from the loaded models by family and task."""
+    lines = [
+        "| Family | Tasks | Linears with LoRA | Attention | Norms kept | Feed-forward block |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for family, row in FAMILIES.items():
+        model = models[family, row.tasks[0]]
+        report, layers = model.blocks, model.shape.layers
+        block = ", ".join(report.functions) if report.feed_forwards == layers else "as it is"
+        inside = "inside the store" if model.attention == "edge" else f"outside ({model.attention})"
+        lines.append(
+            f"| {row.name} | {', '.join(row.tasks)} | {len(model.shape.modules)} | {inside} "
+            f"| {report.norms // layers} | {block} |"
+        )
+    return "\n".join(lines)

@@ -97,6 +97,61 @@ def test_nothing_frozen_moves_and_has_no_state(tiny: dict[str, Path], family: st
         assert torch.equal(model.net.get_parameter(name), value), name
 
 
+def _step(model: TunableModel, spec: TrainSpec) -> None:
+    ids = torch.tensor([[2, 5, 6, 7]])
+    optimizer = RoundOptimizer(model.trained(), spec, steps=1)
+    torch.nn.functional.cross_entropy(model.logits(ids, torch.ones_like(ids)), torch.tensor([1])).backward()
+    optimizer.step()
+    assert len(optimizer._inner.state) == len(model.trained())
+
+
+def test_slots_and_factors_change_from_round_to_round(tiny: dict[str, Path]) -> None:
+    """Slots and factors that are not trained keep every bit, weight decay or not."""
+    model = _load(tiny["bert"])
+    start = {k: v + 0.01 for k, v in initial_adapter(model.shape, LORA, seed=1).items()}
+    model.set_adapter(start)
+    weights = {id(p) for p in model.net.parameters()}
+    spec = TrainSpec(weight_decay=0.1)
+    rounds = [
+        (2, (0, 2), "AB"),
+        (3, (1,), "B"),
+        (1, None, "A"),
+        (2, (3,), "A"),
+        (3, None, "AB"),
+        (2, (), "AB"),
+    ]
+    for depth, slots, factors in rounds:
+        before = model.adapter()
+        tuned = model.tune(depth, slots=slots, factors=factors)
+        assert tuned == list(model.trained())
+        assert {k.rsplit(".", 1)[1] for k in tuned if not k.startswith("dense.")} <= set(factors)
+        _step(model, spec)
+        after = model.adapter()
+        chosen = set(range(LORA.rank) if slots is None else slots)
+        for key, value in after.items():
+            moved = {i for i, row in enumerate(value) if (row != before[key][i]).any()}
+            if key.startswith("dense."):
+                assert moved
+            elif int(key[0]) >= 3 - depth and key[-1] in factors:
+                assert moved == chosen, key
+            else:
+                assert not moved, key
+    model.tune(0)
+    assert {id(p) for p in model.net.parameters()} == weights
+    for key, value in model.adapter().items():
+        assert (value == after[key]).all()
+
+
+def test_what_cannot_be_tuned_is_refused(tiny: dict[str, Path]) -> None:
+    model = _load(tiny["bert"])
+    with pytest.raises(ValueError, match="depth 4"):
+        model.tune(4)
+    with pytest.raises(ValueError, match="factors"):
+        model.tune(1, factors="C")
+    with pytest.raises(ValueError, match="slots"):
+        model.tune(1, slots=(4,))
+
+
 def test_lora_below_the_tuned_layers_still_counts(tiny: dict[str, Path]) -> None:
     model = _load(tiny["bert"])
     ids = torch.tensor([[2, 5, 6, 7]])

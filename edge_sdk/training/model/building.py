@@ -37,6 +37,13 @@ def read_config(folder: Path, labels: tuple[str, ...], task: str) -> Any:
             "take its fp32, bf16 or fp16 weights: the fingerprint is of those, and base precision is chosen "
             "on each device",
         )
+    for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size"):
+        if not isinstance(getattr(config, name, None), int):
+            raise BaseModelError(
+                f"the base model in {folder} is a {config.model_type}, which has no {name}: "
+                "it is no transformer of one stack of layers",
+                "docs/models.md lists the families that are known to work",
+            )
     if task == "classification":
         config.num_labels = len(labels)
     # a cache of keys and values is for generating text: here it would only be held
@@ -58,7 +65,9 @@ def build_empty(config: Any, folder: Path, task: str) -> tuple[Any, str]:
         except (ValueError, ImportError, KeyError, AttributeError, AssertionError) as error:
             refused = error
             continue
-        if attention == "edge" and not getattr(net, "_supports_attention_backend", False):
+        # ours is sdpa's formula: what sdpa cannot compute (capped scores, say), it cannot either
+        offers = getattr(net, "_supports_attention_backend", False) and getattr(net, "_supports_sdpa", False)
+        if attention == "edge" and not offers:
             continue
         for module in net.modules():
             if isinstance(module, nn.Dropout):

@@ -90,7 +90,8 @@ def check_classifier(net: Any, logits: Callable[[Any, Any], Any], device: Any) -
     # the head computes in fp32 whatever the base is held in
     if whole.shape != ours.shape or not torch.allclose(whole, ours, atol=1e-5, rtol=1e-4):
         raise BaseModelError(
-            f"the head of a {type(net).__name__} reads more than one token",
+            f"the head of a {type(net).__name__} reads more than one token, or has parts that "
+            "are not known here",
             "docs/models.md lists the families that are known to work",
         )
 
@@ -105,9 +106,6 @@ def check_causal(net: Any, device: Any) -> None:
     """
     seen: dict[str, Any] = {}
 
-    def returned(_: Any, __: Any, output: Any) -> None:
-        seen["hidden"] = output.last_hidden_state
-
     def given(_: Any, inputs: Any, output: Any) -> Any:
         seen["input"] = inputs[0]
         seen["output"] = torch.linspace(-64.0, 64.0, output.shape[-1], device=output.device).to(output.dtype)
@@ -115,18 +113,17 @@ def check_causal(net: Any, device: Any) -> None:
 
     ids, mask = _tokens(net, device)
     layer = net.get_output_embeddings()
-    hooks = [base_of(net).register_forward_hook(returned)]
-    if layer is not None:
-        hooks.append(layer.register_forward_hook(given))
+    hook = None if layer is None else layer.register_forward_hook(given)
     try:
         with torch.no_grad():
             logits = net(input_ids=ids, attention_mask=mask).logits
+            hidden = base_of(net)(input_ids=ids, attention_mask=mask).last_hidden_state
     finally:
-        for hook in hooks:
+        if hook is not None:
             hook.remove()
     plain = (
         "input" in seen
-        and torch.equal(seen["input"], seen["hidden"])
+        and torch.equal(seen["input"], hidden)
         and torch.equal(logits, seen["output"].to(logits.dtype).expand(logits.shape))
     )
     if not plain:
