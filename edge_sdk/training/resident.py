@@ -64,7 +64,13 @@ class Resident:
         self.task = task_of(setup.task)
         precision = base_precision(setup.base_precision, self.device, setup.base_plan)
         self.model = load_model(
-            folder, setup.labels, setup.lora, self.device, task=setup.task, precision=precision
+            folder,
+            setup.labels,
+            setup.lora,
+            self.device,
+            task=setup.task,
+            precision=precision,
+            layers=setup.layers,
         )
         if setup.base_plan is not None and len(setup.base_plan.blocks) != len(self.model.layers):
             raise MechanismError(
@@ -73,7 +79,6 @@ class Resident:
             )
         self.base_held = told(setup.base_precision, self.device)
         self.model.check_length(setup.max_length)
-        self._touch()
         self._tokenizer = load_tokenizer(folder)
         self._warm_up(setup)
 
@@ -228,14 +233,6 @@ class Resident:
             if not key.startswith("dense."):
                 digest.update(parameter.detach().cpu().numpy().tobytes())
         return digest.hexdigest()
-
-    def _touch(self) -> None:
-        """Weights lie in the mapped file until they are read: all of them belong to what rests in memory,
-
-        the rows of the vocabulary too, that would otherwise come in one by one."""
-        with torch.inference_mode():
-            for parameter in self.model.net.parameters():
-                parameter.sum()
 
     def _warm_up(self, setup: Setup) -> None:
         """Steps to be discarded: libraries load, threads start, scratch is taken, plain and quantized."""
