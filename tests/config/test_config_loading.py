@@ -179,6 +179,9 @@ def test_data_formats_and_columns(agent, tmp_path):
     (tmp_path / "rows.xlsx").touch()
     assert 'suffix ".xlsx"' in error(agent, AGENT.replace("rows.jsonl", "rows.xlsx"))
     assert "data.label" in error(agent, extra='text = "label"')
+    assert "data.response" in error(agent, extra='prompt = "x"\nresponse = "x"')
+    (tmp_path / "rows.parquet").touch()
+    assert agent(AGENT.replace("rows.jsonl", "rows.parquet")).data.messages == "messages"
 
 
 def test_a_state_folder_that_is_a_file(agent, tmp_path):
@@ -210,6 +213,36 @@ def test_a_state_folder_that_is_a_file(agent, tmp_path):
 )
 def test_run_rules(run, old, new, told):
     assert told in error(run, RUN.replace(old, new))
+
+
+CAUSAL = RUN.replace('labels = ["x", "y"]', 'task = "causal-lm"')
+
+
+def test_a_causal_lm_has_a_template_of_its_own_and_no_labels(run):
+    assert run().run.row_template == "{text}"
+    config = run(CAUSAL).run
+    assert (config.labels, config.row_template) == ((), "{prompt}\n{response}")
+    template = "<q>{prompt}</q> {response} <end>"
+    assert run(CAUSAL.replace("[base]", f'template = "{template}"\n[base]')).run.row_template == template
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        (
+            '"causal-lm"',
+            '"causal-lm"\nlabels = ["a", "b"]',
+            "run.labels: received a list of 2, but run.task is",
+        ),
+        ('"causal-lm"', '"classification"', "run.labels: is missing; allowed: a list of 2 to 4096 values"),
+        ('"causal-lm"', '"summaries"', 'received "summaries"; allowed: one of "causal-lm", "classification"'),
+        ('"causal-lm"', '"causal-lm"\ntemplate = "{text}"', "run.template: received"),
+        ('"causal-lm"', '"causal-lm"\ntemplate = "{response}{prompt}"', "holds {prompt}, then {response}"),
+        ('"causal-lm"', '"causal-lm"\ntemplate = "{prompt}{prompt}{response}"', "run.template"),
+    ],
+)
+def test_task_rules(run, old, new, told):
+    assert told in error(run, CAUSAL.replace(old, new))
 
 
 def test_a_run_needs_little(run):

@@ -9,7 +9,13 @@ import msgspec
 import pytest
 
 from edge_sdk.data import base_files
-from edge_sdk.data.base_files import base_digest, find_base, fingerprint_of, tokenizer_digest
+from edge_sdk.data.base_files import (
+    base_digest,
+    chat_template,
+    find_base,
+    fingerprint_of,
+    tokenizer_digest,
+)
 from edge_sdk.errors import BaseModelError
 from edge_sdk.protocol.model import LoraShape
 
@@ -207,6 +213,36 @@ def test_a_fingerprint_names_what_differs(base):
     assert first.differing(of(template="x {text}", max_length=33)) == ("max_length", "template")
     (base / "tokenizer.json").write_text("{}")
     assert first.differing(of()) == ("tokenizer",)
+
+
+def test_a_chat_template_is_part_of_a_causal_lm(base):
+    def of(task):
+        return fingerprint_of(
+            base, labels=(), task=task, max_length=32, template="{prompt}\n{response}", lora=LoraShape()
+        )
+
+    labelled, first = of("classification"), of("causal-lm")
+    assert first.head == "causal-lm:0" and labelled.differing(first) == ("tokenizer", "head")
+    assert first.labels == hashlib.sha256(b"[]").hexdigest()
+
+    def put(found):
+        (base / "tokenizer_config.json").write_text(json.dumps({"chat_template": found}))
+
+    digests = [first.digest]
+    for found, template in (
+        ("{{ a }}", "{{ a }}"),
+        ([{"name": "tools", "template": "t"}, {"name": "default", "template": "d"}], "d"),
+        ([{"name": "tools", "template": "t"}], None),
+    ):
+        put(found)
+        assert chat_template(base) == template
+        digests.append(of("causal-lm").digest)
+    assert digests[3] == digests[0] and len(set(digests)) == 3
+    (base / "chat_template.json").write_text('{"chat_template": "j"}')
+    assert chat_template(base) == "j"
+    (base / "chat_template.jinja").write_text("{{ own }}")
+    assert chat_template(base) == "{{ own }}" and first.differing(of("causal-lm")) == ("tokenizer",)
+    assert of("classification") == labelled
 
 
 @pytest.fixture

@@ -46,6 +46,8 @@ class Renderer:
 
     def _chat(self, sample: ChatRow) -> Rendered:
         template = self._tokenizer.chat_template
+        if isinstance(template, dict):  # several, by name
+            template = template.get("default")
         if not template:
             raise BaseModelError(
                 "the rows are chats, and the base model's tokenizer has no chat template",
@@ -53,7 +55,7 @@ class Renderer:
                 "tokenizer; or give the rows as prompt and response",
             )
         whole = self._text(sample, sample.messages)
-        if isinstance(template, str) and _GENERATION.search(template):
+        if _GENERATION.search(template):
             spans = tuple(self._marked(sample, whole))
         else:
             spans = tuple(self._turns(sample, whole))
