@@ -2,9 +2,10 @@
 
 Forward is transformers' own call of torch's fused kernel, to the bit. That kernel's backward makes the
 probabilities again from saved queries and keys *and a saved sum*: of rounded queries and keys these no
-longer sum to one, and with peaked attention the gradient is lost at 4 bits. Here backward makes
-scores and their softmax anew from the very values that were kept, so that rounding moves the
-probabilities a little and never their sum. With P = softmax(s q kᵀ + mask) and o = P v:
+longer sum to one, and with peaked attention the gradient is lost at 4 bits. Here backward makes scores and
+their softmax anew from the very values that were kept, so that rounding moves the probabilities a little
+and never their sum; where scores are large, queries and keys get more bits.
+With P = softmax(s q kᵀ + mask) and o = P v:
 
     ∂v = Pᵀ ∂o,  ∂P = ∂o vᵀ,  ∂S = P (∂P - rowsum(P ∂P)),  ∂q = s ∂S k,  ∂k = s ∂Sᵀ q
 
@@ -15,7 +16,7 @@ The output is offered as a recipe: who saves it has it computed from the same pa
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from edge_sdk.errors import BaseModelError
+from edge_sdk.training.activations.store import Held
 
 __all__ = ["NAME", "attention", "register"]
 
@@ -113,11 +115,48 @@ class _Call:
         return self.mask[start:stop]
 
 
+def _hold(q: Any, k: Any, v: Any, call: _Call) -> tuple[Held, Held, Held]:
+    keeper, form = call.keeper, call.keeper.plan.form
+    if form is None:
+        return keeper.hold(q), keeper.hold(k), keeper.hold(v)
+    # the softmax does not see what all keys share, and rounding is finer without it
+    k = k - k.mean(dim=2, keepdim=True)
+    bits = _bits_for_scores(form.bits, q, k, call.scale)
+    if bits > 8:
+        return Held(_half(q), None), Held(_half(k), None), keeper.hold(v)
+    finer = form if bits == form.bits else replace(form, bits=bits, group=0)
+    return keeper.hold(q, finer), keeper.hold(k, finer), keeper.hold(v)
+
+
+_NOISE = {8: 0.0065, 4: 0.11, 2: 0.55}
+"""Noise of a score by bits, for q and k of normal numbers, as a share of the scores' own spread."""
+
+_TOLERATED = {8: 0.03, 4: 0.25, 2: 0.5}
+"""Noise of a score that adds little to the error that a layer's other values have at so many bits."""
+
+
+def _bits_for_scores(bits: int, q: Any, k: Any, scale: float) -> int:
+    """Bits for queries and keys: more where scores are so large that their noise would move the softmax.
+
+    The spread of the scores is taken from the norms of q and k by head, as of independent ones.
+    """
+    norms = torch.linalg.vector_norm(q, dim=(2, 3), dtype=torch.float32).square().mean(dim=0)
+    norms = norms.unflatten(0, (k.shape[1], -1)).mean(dim=1)
+    norms = norms * torch.linalg.vector_norm(k, dim=(2, 3), dtype=torch.float32).square().mean(dim=0)
+    spread = scale * float(norms.mean().div(q.shape[2] * k.shape[2] * q.shape[3]).sqrt())
+    enough = (b for b in (2, 4, 8) if b >= bits and _NOISE[b] * spread <= _TOLERATED[bits])
+    return next(enough, 16)
+
+
+def _half(values: Any) -> Any:
+    return values.half() if values.dtype == torch.float32 else values
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Any, k: Any, v: Any, call: _Call) -> Any:
         out = call.plain(q, k, v, call.mask)
-        ctx.call, ctx.held = call, tuple(call.keeper.hold(t) for t in (q, k, v))
+        ctx.call, ctx.held = call, _hold(q, k, v, call)
         call.keeper.offer(out, lambda held=ctx.held: _output(held, call))
         return out
 
@@ -130,7 +169,7 @@ class _Attention(torch.autograd.Function):
         step = _slab(batch, grad.device)
         for start in range(0, batch, step):
             stop = start + step
-            q, k, v = (h.part(start, stop) for h in held)
+            q, k, v = (h.part(start, stop).to(grad.dtype) for h in held)
             mask = call.mask_of(start, stop)
             slabs = tuple(g[start:stop] for g in grads)
             given = grad[start:stop]
@@ -162,7 +201,8 @@ def _output(held: Any, call: _Call) -> Any:
     with torch.no_grad():
         for start in range(0, batch, step):
             stop = start + step
-            made.append(call.plain(*(h.part(start, stop) for h in held), call.mask_of(start, stop)))
+            parts = [h.part(start, stop) for h in held]
+            made.append(call.plain(*(p.to(parts[2].dtype) for p in parts), call.mask_of(start, stop)))
     return made[0] if len(made) == 1 else torch.cat(made)
 
 

@@ -171,9 +171,9 @@ class Keeper:
         self.fused_attention = True
         """Whether 4-D tensors may belong to a fused attention that is not ours."""
 
-    def hold(self, tensor: Any) -> Held:
-        """Keeps ``tensor`` by the plan's form; what is shared with others is kept once."""
-        return self._store._hold(tensor, self.plan.form, _SMALL)
+    def hold(self, tensor: Any, form: Form | None = None) -> Held:
+        """Keeps ``tensor`` by ``form``, or else the plan's; what is shared with others is kept once."""
+        return self._store._hold(tensor, self.plan.form if form is None else form, _SMALL)
 
     def offer(self, tensor: Any, build: Callable[[], Any]) -> None:
         """Says that ``tensor`` can be made again: who saves a view of its storage then keeps ``build``.
@@ -295,17 +295,23 @@ class ActivationStore:
         if tensor.dtype == torch.bool:
             if not _is_whole(tensor):
                 return Held(tensor, None)
-            return Held(tensor, self._keep(key, storage, pack_mask(_flat(tensor))))
+            return Held(tensor, self._keep(key, storage, pack_mask(_flat(tensor)), storage.nbytes()))
         if form is None or tensor.dtype not in _FLOATS:
             return Held(tensor, None)
-        nbytes = tensor.numel() * tensor.element_size()
-        if nbytes * 4 <= storage.nbytes():  # of a storage of which little is wanted
-            tensor = tensor.detach().contiguous()
-            packed = pack_flat(tensor.view(-1), form, width=tensor.shape[-1], generator=self._generator)
-            self._count(nbytes, packed.nbytes)
-            return Held(tensor, _Kept(nbytes, packed))
+        if tensor.numel() * tensor.element_size() * 2 <= storage.nbytes():
+            return self._hold_alone(tensor, storage, key, form)
         packed = pack_flat(_flat(tensor), form, width=_width(tensor), generator=self._generator)
-        return Held(tensor, self._keep(key, storage, packed), tensor.storage_offset())
+        return Held(tensor, self._keep(key, storage, packed, storage.nbytes()), tensor.storage_offset())
+
+    def _hold_alone(self, tensor: Any, storage: Any, key: tuple[Any, ...], form: Form) -> Held:
+        """A part of a storage of which no more may be wanted: shared with who wants the very same part."""
+        key = (*key, tensor.storage_offset(), tensor.shape, tensor.stride())
+        kept = self._find(key)
+        tensor = tensor.detach().contiguous()
+        if kept is None:
+            packed = pack_flat(tensor.view(-1), form, width=tensor.shape[-1], generator=self._generator)
+            kept = self._keep(key, storage, packed, tensor.numel() * tensor.element_size())
+        return Held(tensor, kept)
 
     def _find(self, key: tuple[Any, ...]) -> _Kept | None:
         storage, kept = self._live.get(key, (None, None))
@@ -324,8 +330,8 @@ class ActivationStore:
         if self._find(key) is None:
             self._live[key] = (StorageWeakRef(storage), None)
 
-    def _keep(self, key: tuple[Any, ...], storage: Any, packed: Packed | PackedMask) -> _Kept:
-        kept = _Kept(storage.nbytes(), packed)
+    def _keep(self, key: tuple[Any, ...], storage: Any, packed: Packed | PackedMask, original: int) -> _Kept:
+        kept = _Kept(original, packed)
         self._live[key] = (StorageWeakRef(storage), weakref.ref(kept))
         self._count(kept.original, kept.nbytes)
         return kept
