@@ -26,6 +26,7 @@ from edge_sdk.training.precision.nf4 import LEVELS, Nf4  # noqa: E402
 from edge_sdk.training.precision.weights import Dense  # noqa: E402
 
 pytestmark = pytest.mark.train
+torch.set_num_threads(1)
 CPU = torch.device("cpu")
 WORDS = ("fp32", "bf16", "fp16", "int8", "nf4", "int2")
 PACKED = ("int8", "nf4", "int2")

@@ -50,7 +50,9 @@ def plan_base(
     device = compute_device(setup.device)
     digest = base_digest(folder)
     as_it_is = BasePrecision("plan", compute_dtype("plan", device), lambda _, tensor: Dense(tensor))
-    model = load_model(folder, setup.labels, setup.lora, device, task=setup.task, precision=as_it_is)
+    model = load_model(
+        folder, setup.labels, setup.lora, device, task=setup.task, precision=as_it_is, layers=setup.layers
+    )
     batches, told = _batches(setup, folder, model, request.rows)
     count = len(model.layers)
     passes = 2 if request.method == "loss" else 1
