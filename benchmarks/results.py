@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-__all__ = ["Claim", "at_most", "write_result"]
+__all__ = ["Claim", "at_least", "at_most", "write_result"]
 
 _PACKAGES = ("torch", "transformers", "peft", "numpy", "paho-mqtt", "msgspec", "psutil", "amqtt")
 
@@ -33,6 +33,10 @@ class Claim:
 
 def at_most(claim_id: str, text: str, value: float, bound: float) -> Claim:
     return Claim(claim_id, text, round(value, 4), f"<= {bound}", value <= bound)
+
+
+def at_least(claim_id: str, text: str, value: float, bound: float) -> Claim:
+    return Claim(claim_id, text, round(value, 4), f">= {bound}", value >= bound)
 
 
 def machine() -> dict[str, Any]:

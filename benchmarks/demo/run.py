@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import Claim, at_most, write_result
+from benchmarks.results import at_least, at_most, write_result
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -18,10 +18,6 @@ else:
 
 FOLDER = Path(__file__).parent
 OUT = Path("runs/bench-demo")
-
-
-def at_least(claim_id: str, text: str, value: float, bound: float) -> Claim:
-    return Claim(claim_id, text, round(value, 4), f">= {bound}", value >= bound)
 
 
 def off_by(device: dict[str, Any]) -> float:
