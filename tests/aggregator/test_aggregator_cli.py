@@ -215,6 +215,9 @@ def test_every_event_has_a_line_or_none(world: World) -> None:
         "run finished after 2 rounds with version 2",
     ):
         assert part in text
+    score = {"version": 1, "accuracy": 0.5, "loss": 1.0, "examples": 9, "seconds": 1.0}
+    show(Event("version.evaluated", {**score, "f1": None, "perplexity": 2.718, "tokens": 70}))
+    assert lines[-1].startswith("version 1: perplexity 2.7180, 0.5000 of 70 tokens right, loss 1.0000 (9 ex")
     show(Event("something.else", {}))
     assert device_label("a", None, False) == "a"
 

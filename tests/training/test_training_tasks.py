@@ -47,13 +47,14 @@ class Bench:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.checks = 0
+        self.load = load_tokenizer
 
     def rows(
         self, *rows: dict[str, Any], chat: str | None = None, template: str = "{prompt}\n{response}",
         length: int = 32, task: str = "causal-lm", labels: tuple[str, ...] = (),
     ) -> Rows:  # fmt: skip
         make_tokenizer(self.folder, chat)
-        self.tokenizer = load_tokenizer(self.folder)
+        self.tokenizer = self.load(self.folder)
         path = self.folder / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return task_of(task).rows(
@@ -144,6 +145,22 @@ def test_a_cut_row_learns_what_is_left_and_does_not_end(bench: Bench) -> None:
     assert bench.said(bench.rows(PAIR, length=6)) == ("<s> say red ? the red", "the red")
     assert bench.said(bench.rows(PAIR, length=7))[1] == "the red ."  # whole, and no room to end
     assert bench.said(bench.rows({"text": "a red cat"}, length=3))[1] == "a red"
+
+
+def test_a_tokenizer_that_ends_texts_itself_ends_no_cut_one(bench: Bench) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    def ending(folder: Path) -> Any:
+        tokenizer = load_tokenizer(folder)
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+        )
+        return tokenizer
+
+    bench.load = ending
+    text = {"text": "a red cat"}
+    assert bench.said(bench.rows(text)) == ("<s> a red cat </s>", "a red cat </s>")
+    assert bench.said(bench.rows(text, length=4)) == ("<s> a red </s>", "a red")
 
 
 def test_rows_with_nothing_left_to_learn_are_dropped_and_counted(bench: Bench) -> None:
