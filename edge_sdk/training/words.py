@@ -6,6 +6,7 @@ No torch here: a word is known without loading a model.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from importlib.util import find_spec
 
 from edge_sdk.errors import MechanismError
 from edge_sdk.protocol.container import CODEC_FORMS
@@ -14,6 +15,8 @@ from edge_sdk.protocol.spec import Candidate, TrainSpec
 __all__ = ["MECHANISMS", "mechanisms_of", "refuse_missing"]
 
 MECHANISMS: tuple[str, ...] = (
+    "activation:int2",
+    "activation:int4",
     "activation:int8",
     "attention:sdpa",
     "base:fp32",
@@ -33,23 +36,35 @@ MECHANISMS: tuple[str, ...] = (
     "prefix:fp16",
     "prefix:int8",
     "privacy:none",
+    "recompute:inner",
+    "recompute:layer",
     "recompute:none",
+    "recompute:outputs",
     "reinit:none",
     "rounding:nearest",
+    "rounding:stochastic",
     "schedule:linear",
 )
 
 
-def mechanisms_of(base_precision: str) -> tuple[str, ...]:
-    """The mechanisms of a trainer whose base is held so: what its owner chose, and no other."""
-    others = (word for word in MECHANISMS if not word.startswith("base:"))
-    return tuple(sorted([f"base:{base_precision}", *others]))
+_PAGED = "optimizer:paged-adamw8bit"
+
+
+def mechanisms_of(base_precision: str, device: str = "cpu") -> tuple[str, ...]:
+    """The mechanisms of a trainer on ``device`` whose base is held so: what its owner chose, and no other."""
+    words = [word for word in MECHANISMS if not word.startswith("base:")]
+    if device.startswith("cuda") and find_spec("bitsandbytes") is not None:
+        words.append(_PAGED)
+    return tuple(sorted([f"base:{base_precision}", *words]))
 
 
 def refuse_missing(spec: TrainSpec, candidate: Candidate | None = None, base_precision: str = "fp32") -> None:
-    """Raises MechanismError naming every mechanism that is asked for and not had here."""
+    """Raises MechanismError naming every mechanism that is asked for and not had here.
+
+    A paged optimizer, which depends on the device, is refused where it is made, with the reason.
+    """
     needs: Iterable[str] = spec.needs() | (candidate.needs() if candidate else frozenset())
-    missing = sorted(set(needs) - set(mechanisms_of(base_precision)))
+    missing = sorted(set(needs) - set(mechanisms_of(base_precision)) - {_PAGED})
     if spec.dropout:
         missing.append(f"dropout:{spec.dropout}")
     if missing:

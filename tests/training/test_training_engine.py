@@ -204,6 +204,33 @@ def test_the_head_alone_is_the_whole_model_with_nothing_else_tuned(bench: Bench)
         assert right == int((whole.argmax(1) == rows.labels).sum())
 
 
+def test_a_cache_of_the_frozen_layers_changes_nothing(bench: Bench) -> None:
+    candidate = {"depth": 1, "steps": 30, "quantized_layers": 1}
+    plain = bench.train("plain", candidate=candidate)
+    for place in ("memory", "disk"):
+        setup = msgspec.structs.replace(bench.setup, prefix_mb=1.0, prefix_place=place)
+        reply = bench.train(place, candidate=candidate, setup=setup)
+        assert isinstance(reply, Trained), reply
+        assert reply.measured.loss_last == plain.measured.loss_last
+        assert Path(reply.update).read_bytes() == Path(plain.update).read_bytes()
+        names = {path.name for path in Path(reply.update).parent.iterdir()}
+        assert names == {"update.safetensors", "residual.safetensors"}
+
+
+def test_progress_tells_the_pace(bench: Bench) -> None:
+    bench.train(candidate={"depth": 1})
+    told = [r for r in bench.replies if isinstance(r, Progress) and r.stage == "training"]
+    assert told[-1].left_s == 0 and told[-1].tokens_per_s and told[-1].loss
+
+
+def test_a_paged_optimizer_is_refused_on_the_cpu_with_the_reason(bench: Bench) -> None:
+    spec = msgspec.structs.replace(bench.setup.spec, optimizer="paged-adamw8bit")
+    reply = bench.train(spec=spec)
+    assert isinstance(reply, Failed) and reply.cause == "mechanism"
+    assert "on the CPU" in reply.message and "adamw8bit" in reply.hint
+    assert "optimizer:paged-adamw8bit" not in bench.describe().mechanisms
+
+
 def test_residual_and_owed_updates_are_carried_on(bench: Bench) -> None:
     first = bench.train("first")
     again = bench.train("again", residual=first.residual, owed=(first.update,))
@@ -304,7 +331,11 @@ def test_a_missing_package_names_the_extra(bench: Bench, monkeypatch: pytest.Mon
 
     monkeypatch.setitem(sys.modules, "edge_sdk.training.resident", None)
     monkeypatch.setitem(sys.modules, "transformers", None)
-    for module in ("edge_sdk.training.resident", "edge_sdk.training.model", "edge_sdk.training.model.loading"):
+    for module in (
+        "edge_sdk.training.resident",
+        "edge_sdk.training.model",
+        "edge_sdk.training.model.loading",
+    ):
         monkeypatch.delitem(sys.modules, module, raising=False)
     reply = bench.ask(Describe(id=9, setup=bench.setup))
     assert isinstance(reply, Failed) and reply.cause == "extra"
