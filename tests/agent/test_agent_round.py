@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from agent_fakes import PRINT, FakeBase, World, a_run, answer, version_object
+from agent_fakes import FIT, PRINT, FakeBase, World, a_candidate, a_run, answer, version_object
 from msgspec.structs import replace
 
 from edge_sdk.agent.inbox import ExportRequest, GateChanged, Pause, Resume
 from edge_sdk.errors import BaseModelError, DataError, FingerprintError, MechanismError, StateError
+from edge_sdk.planning.cost import peak_mb
 from edge_sdk.protocol.spec import TrainSpec
 from edge_sdk.protocol.trainer import Describe, Probe, Progress, Trained
 from edge_sdk.protocol.wire import Announce, Choice, Decline, Have, Presence, Receipt, Refusal, Status
@@ -80,6 +81,21 @@ def test_the_choice_meets_the_owners_limit_and_names_it(tmp_path: Path) -> None:
     (choice,) = world.aggregator.got(Choice)
     assert (choice.candidate.id, choice.binding) == ("d2", "memory")
     assert world.trainer.trained[0].setup.memory_mb == 140.0
+
+
+@pytest.mark.parametrize(("place", "given_mb"), [("memory", 0.1024), ("disk", 4.0)])
+def test_the_trainer_may_keep_what_the_choice_reckoned_with(
+    tmp_path: Path, place: str, given_mb: float
+) -> None:
+    """50 rows of 32 tokens and 16 values, which come 16 times each."""
+    world = joined(World(tmp_path, prefix_cache_mb=4.0, prefix_cache=place))
+    world.aggregator.offer(candidates=(a_candidate(2, steps=100),))
+    world.settle()
+    (choice,) = world.aggregator.got(Choice)
+    plain = peak_mb(FIT, 2, 0)
+    assert choice.candidate.peak_mb == pytest.approx(plain + (0.1024 if place == "memory" else 0))
+    setup = world.trainer.trained[0].setup
+    assert setup.prefix_place == place and setup.prefix_mb == pytest.approx(given_mb, abs=2e-6)
 
 
 def test_nothing_fits_is_declined_and_said_again(tmp_path: Path) -> None:
