@@ -15,11 +15,12 @@ from safetensors.numpy import save_file
 
 from aggregator.server import Aggregator
 from edge_sdk.clock import ManualClock
-from edge_sdk.config.agent import BaseSection, DataSection
+from edge_sdk.config.agent import DataSection
 from edge_sdk.config.run import (
     EvaluationSection,
     LoraSection,
     RoundsSection,
+    RunBaseSection,
     RunConfig,
     RunSection,
     TrainingSection,
@@ -90,7 +91,7 @@ def a_config(folder: Path, **rounds: Any) -> RunConfig:
         (folder / "rows.jsonl").write_text(json.dumps({"text": "a", "label": "no"}) + "\n")
     return RunConfig(
         run=RunSection(name="demo", labels=("no", "yes"), state_dir=str(folder / "state")),
-        base=BaseSection(path=str(base)),
+        base=RunBaseSection(path=str(base)),
         lora=LoraSection(rank=2, alpha=4.0),
         training=TrainingSection(steps=5, batch=8, max_length=32),
         rounds=RoundsSection(**{"total": 2, "min_devices": 1, "linger_s": 30.0, **rounds}),

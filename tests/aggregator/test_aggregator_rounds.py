@@ -15,7 +15,7 @@ from aggregator.participations import Participations
 from aggregator.rounds import Rounds
 from aggregator.running import Running
 from aggregator.state.base import RoundRow, Store
-from edge_sdk.config.agent import BaseSection
+from edge_sdk.config.run import RunBaseSection
 from edge_sdk.errors import BaseModelError, BrokerError, CredentialsError, StateError
 from edge_sdk.protocol.trainer import Describe, Evaluate, Progress
 from edge_sdk.protocol.wire import Choice, RoundPosition
@@ -264,7 +264,7 @@ def test_a_hub_id_that_is_not_on_this_disk_is_fetched_by_the_trainer(
 ) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(world.folder / "empty"))
     folder = world.config.base.path
-    server = world.open(auto=False, base=BaseSection(path="someone/a-model"))
+    server = world.open(auto=False, base=RunBaseSection(path="someone/a-model"))
     assert isinstance(world.trainer.pending, Describe)
     assert world.trainer.pending.setup.base == "someone/a-model"
     world.trainer.fetched = folder
@@ -277,7 +277,7 @@ def test_a_hub_id_that_is_not_on_this_disk_is_fetched_by_the_trainer(
     assert row is not None and row.base_folder == folder
     server.close()
     with pytest.raises(BaseModelError):
-        World(world.folder / "other").open(base=BaseSection(path=str(world.folder / "nowhere")))
+        World(world.folder / "other").open(base=RunBaseSection(path=str(world.folder / "nowhere")))
 
 
 def test_other_mathematics_are_refused_by_name(world: World) -> None:
