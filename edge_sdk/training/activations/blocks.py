@@ -91,6 +91,9 @@ def _install_norms(layer: Any, where: str, off: list[str]) -> int:
 
 
 def _install_feed_forward(layer: Any, where: str, off: list[str]) -> FeedForward | None:
+    there = next((module for module in layer.modules() if isinstance(module, FeedForward)), None)
+    if there is not None:
+        return there
     reasons: list[str] = []
     for candidate in candidates(layer):
         reason = "its activation function is not known"

@@ -1,8 +1,9 @@
 """A layer that keeps its input alone and runs again in backward (recompute ``layer``).
 
 The input is held by the layer's keeper: packed where the plan has a form. What else the layer takes
-(masks, rotary tables) is shared by all layers and held as it is. In the second run the layer's own blocks
-compute in chunks and keep no more than they must, so that one layer's backward is small as well.
+(masks, rotary tables) is shared by all layers and held as it is. The second run keeps what it must by lever
+``outputs``, so that one layer's backward is small as well: the feed-forward's inner values by the plan's
+form, all else exact.
 """
 
 from __future__ import annotations
@@ -35,16 +36,27 @@ class _Exact:
 
 
 class ExactKeeper:
-    """A keeper that packs nothing: what a layer uses while it runs again."""
+    """A keeper that packs nothing."""
 
     def __init__(self, recompute: Recompute = "outputs") -> None:
         self.plan = LayerPlan(form=None, recompute=recompute)
 
-    def hold(self, tensor: Any) -> _Exact:
+    def hold(self, tensor: Any) -> Any:
         return _Exact(tensor)
 
     def offer(self, tensor: Any, build: Callable[[], Any]) -> None:
-        """Nothing is rebuilt: the second run's graph is gone in a moment."""
+        """Nothing is rebuilt."""
+
+
+class _Again(ExactKeeper):
+    """What a layer's blocks keep by while it runs again."""
+
+    def __init__(self, keeper: Any) -> None:
+        super().__init__("outputs")
+        self._keeper = keeper
+
+    def hold(self, tensor: Any) -> Any:
+        return self._keeper.hold(tensor)
 
 
 def checkpointed(forward: Callable[..., Any], layer: Any, keeper: Any) -> Callable[..., Any]:
@@ -92,7 +104,7 @@ class _Call:
         for i, tensor in zip(self.tensors, given, strict=True):
             leaves[i] = tensor
         args, kwargs = tree_unflatten(leaves, self.tree)
-        with _keepers(self.layer):
+        with _keepers(self.layer, self.keeper):
             flat, self.result_tree = tree_flatten(self.forward(*args, **kwargs))
         return list(flat)
 
@@ -140,17 +152,17 @@ class _Checkpoint(torch.autograd.Function):
 
 
 @contextmanager
-def _keepers(layer: Any) -> Iterator[None]:
-    """Within, the layer's blocks keep exact values and as few as they can; the rest runs as it came."""
+def _keepers(layer: Any, keeper: Any) -> Iterator[None]:
+    """Within, the layer's blocks keep as little as they can; the rest runs as it came."""
     before = [(m, m.keeper) for m in layer.modules() if hasattr(m, "keeper")]
-    exact = ExactKeeper()
+    again = _Again(keeper)
     try:
         for module, _ in before:
-            module.keeper = exact if isinstance(module, (FeedForward, KeptNorm)) else None
+            module.keeper = again if isinstance(module, (FeedForward, KeptNorm)) else None
         yield
     finally:
-        for module, keeper in before:
-            module.keeper = keeper
+        for module, earlier in before:
+            module.keeper = earlier
 
 
 @contextmanager
