@@ -140,12 +140,16 @@ def _bits_for_scores(bits: int, q: Any, k: Any, scale: float) -> int:
 
     The spread of the scores is taken from the norms of q and k by head, as of independent ones.
     """
-    norms = torch.linalg.vector_norm(q, dim=(2, 3), dtype=torch.float32).square().mean(dim=0)
-    norms = norms.unflatten(0, (k.shape[1], -1)).mean(dim=1)
-    norms = norms * torch.linalg.vector_norm(k, dim=(2, 3), dtype=torch.float32).square().mean(dim=0)
-    spread = scale * float(norms.mean().div(q.shape[2] * k.shape[2] * q.shape[3]).sqrt())
+    norms = (_squares(q).unflatten(0, (k.shape[1], -1)).mean(dim=1) * _squares(k)).mean()
+    spread = scale * float(norms / q.shape[3]) ** 0.5
     enough = (b for b in (2, 4, 8) if b >= bits and _NOISE[b] * spread <= _TOLERATED[bits])
     return next(enough, 16)
+
+
+def _squares(values: Any) -> Any:
+    """(batch, heads, positions, size) -> (heads,) mean squared norm."""
+    norms = torch.linalg.vector_norm(values.transpose(1, 2), dim=3, dtype=torch.float32)
+    return norms.square_().mean(dim=(0, 1))
 
 
 def _half(values: Any) -> Any:
