@@ -53,6 +53,13 @@ def test_candidates_carry_method_run_and_predictions() -> None:
         assert c.bytes_down > 0
 
 
+def test_candidates_are_of_the_precision_that_the_device_holds_its_base_in() -> None:
+    own = ("activation:int8", "base:nf4", "codec:int8")
+    made = plan(a_status(fit=a_fit()), a_status("b", fit=a_fit(), mechanisms=own))
+    assert {c.base_precision for c in made.candidates["a"]} == {"fp32"}
+    assert {c.base_precision for c in made.candidates["b"]} == {"nf4"}
+
+
 def test_depths_that_did_not_fit_are_offered_fully_quantized() -> None:
     made = plan(a_status(fit=a_fit(), budget_mb=75))
     best = recommended(made.candidates["a"])
