@@ -37,6 +37,7 @@ from edge_sdk.protocol.trainer import (
 )
 from edge_sdk.training.allocator import roomy_allocator
 from edge_sdk.training.failures import InterruptError, failed
+from edge_sdk.training.lean import keep_lean
 from edge_sdk.training.words import mechanisms_of, refuse_missing
 
 if TYPE_CHECKING:
@@ -130,6 +131,8 @@ class Engine:
     def _ready(self, request: int, setup: Setup) -> Resident:
         """The resident model of a setup, loaded where another one or none is there."""
         refuse_missing(setup.spec)
+        if self._enforce:
+            keep_lean()
         from edge_sdk.training.base import local_base
 
         folder = local_base(setup.base)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from edge_sdk.errors import BaseModelError
 
@@ -60,7 +61,7 @@ def build_empty(config: Any, folder: Path, task: str) -> tuple[Any, str]:
     refused: Exception = ValueError("it offers no attention that is known here")
     for attention in _attentions():
         try:
-            with _quiet(), _parameters_on_meta():
+            with _quiet(), _parameters_on_meta(), _Untouched():
                 net = _from_config(auto, config, attention)
         except (ValueError, ImportError, KeyError, AttributeError, AssertionError) as error:
             refused = error
@@ -123,6 +124,20 @@ def _parameters_on_meta() -> Iterator[None]:
             yield
         finally:
             nn.Module.register_parameter = original
+
+
+class _Untouched(TorchFunctionMode):
+    """What would write into a tensor that has no values is left out, random first values above all: torch
+    does that in Python there, and loads its symbolic mathematics for it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = kwargs or {}
+        target = args[0] if args else named.get("tensor")  # torch.nn.init's functions come with names
+        name = getattr(func, "__name__", "")
+        writes = name.endswith("_") and not name.endswith("__")
+        if writes and isinstance(target, torch.Tensor) and target.device.type == "meta":
+            return target
+        return func(*args, **named)
 
 
 @contextmanager
