@@ -15,6 +15,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.train
 
+from edge_sdk.planning.cost import update_bytes  # noqa: E402
 from edge_sdk.protocol.model import LoraShape, ModelShape  # noqa: E402
 from edge_sdk.protocol.spec import Candidate, TrainSpec  # noqa: E402
 from edge_sdk.protocol.trainer import (  # noqa: E402
@@ -37,7 +38,7 @@ from edge_sdk.training.inline import InlineTrainer  # noqa: E402
 from edge_sdk.training.words import MECHANISMS  # noqa: E402
 from edge_sdk.updates.container import read_container  # noqa: E402
 from edge_sdk.updates.initial import initial_adapter  # noqa: E402
-from edge_sdk.updates.keys import tuned_keys  # noqa: E402
+from edge_sdk.updates.keys import check_shape, tuned_keys  # noqa: E402
 from edge_sdk.updates.versions import read_adapter, write_version  # noqa: E402
 
 LABELS = ("colour", "number", "animal", "plant")
@@ -124,6 +125,20 @@ def test_train_writes_the_update_of_the_tuned_layers(bench: Bench) -> None:
         assert update.header.builds_on == 0 and update.header.codec == "int8"
         assert set(update.parts) == set(tuned_keys(bench.shape, 2))
         assert all(np.abs(update.tensor(key)).max() > 0 for key in update.parts)
+
+
+@pytest.mark.parametrize("factors", ["A", "B"])
+def test_one_factor_is_trained_and_sent_alone(factors: str, bench: Bench) -> None:
+    reply = bench.train(spec=msgspec.structs.replace(bench.setup.spec, factors=factors))
+    assert isinstance(reply, Trained), reply
+    assert bench.shape is not None
+    with read_container(Path(reply.update), "update") as update:
+        check_shape(update.header, bench.shape, LORA, 2, factors)
+        assert set(update.parts) == set(tuned_keys(bench.shape, 2, factors))
+        # B begins at 0, so A alone has no gradient
+        assert factors == "A" or all(np.abs(update.tensor(key)).max() > 0 for key in update.parts)
+    expected = update_bytes(bench.shape, LORA, 2, "int8", factors)
+    assert Path(reply.update).stat().st_size == pytest.approx(expected, abs=64)
 
 
 def test_the_same_key_gives_the_same_bytes(bench: Bench) -> None:
