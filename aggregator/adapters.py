@@ -83,7 +83,7 @@ class Adapters:
                             "shape",
                             f"the container's {what} is {inside!r}, the announce says {outside!r}",
                         )
-                check_shape(header, run.shape, run.lora, announce.candidate.depth)
+                check_shape(header, run.shape, run.lora, announce.candidate.depth, run.spec.factors)
                 current = self._read(chain)
                 for key, part in sorted(container.parts.items()):
                     try:

@@ -32,10 +32,14 @@ class Work:
     levers: Levers
     codec: str
     accumulation: int = 1
+    factors: str = "AB"
 
     @classmethod
     def of(cls, run: Run, *, steps: int, levers: Levers, codec: str, accumulation: int = 1) -> Work:
-        return cls(run.shape, run.lora, run.micro_batch, run.max_length, steps, levers, codec, accumulation)
+        return cls(
+            run.shape, run.lora, run.micro_batch, run.max_length, steps, levers, codec, accumulation,
+            run.spec.factors,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ class DeviceCosts:
     def pair(self, depth: int, quantized: int) -> Pair:
         """The costs of a pair, whether it fits or not."""
         work = self.work
-        bytes_up = update_bytes(work.shape, work.lora, depth, work.codec)
+        bytes_up = update_bytes(work.shape, work.lora, depth, work.codec, work.factors)
         bytes_down = version_bytes(work.shape, work.lora)
         time = round_time(
             self.fit,

@@ -31,6 +31,7 @@ def first_choice(context: Context, joining: Joining, row: RoundRow, now: float) 
     found = choose(
         candidates, fit=fit, budgets=_budgets(context, row, fit, described, now),
         shape=run.shape, lora=run.lora, down_bytes=_missing_bytes(context, offer),
+        factors=offer.spec.factors,
     )  # fmt: skip
     if isinstance(found, Infeasible):
         return decline_of(context, row, found.reason, found.message)
@@ -49,7 +50,7 @@ def smaller_choice(
     found = step_down(
         [one for one in row.offer.candidates if one.needs() <= known], failed.candidate, fit=fit,
         budgets=_budgets(context, row, fit, described, now), shape=run.shape, lora=run.lora,
-        down_bytes=_missing_bytes(context, row.offer),
+        down_bytes=_missing_bytes(context, row.offer), factors=row.offer.spec.factors,
     )  # fmt: skip
     if found is None:
         return decline_of(context, row, "memory", f"out of memory with the smallest candidate: {message}")

@@ -142,10 +142,17 @@ def predictable(
 
 
 def predict(
-    candidate: Candidate, *, fit: Fit, budgets: Budgets, shape: ModelShape, lora: LoraShape, down_bytes: int
+    candidate: Candidate,
+    *,
+    fit: Fit,
+    budgets: Budgets,
+    shape: ModelShape,
+    lora: LoraShape,
+    down_bytes: int,
+    factors: str = "AB",
 ) -> tuple[Candidate, RoundTime]:
     """The candidate with this device's own peak, seconds and bytes in it, and its seconds apart."""
-    bytes_up = update_bytes(shape, lora, candidate.depth, candidate.codec)
+    bytes_up = update_bytes(shape, lora, candidate.depth, candidate.codec, factors)
     peak = peak_mb(fit, candidate.depth, candidate.quantized_layers)
     read, kept_mb = _prefix(candidate, shape, budgets, peak)
     time = round_time(
@@ -191,16 +198,18 @@ def choose(
     shape: ModelShape,
     lora: LoraShape,
     down_bytes: int,
+    factors: str = "AB",
 ) -> Chosen | Infeasible:
     """Best gain first, then the fewest seconds, then the id, among those that meet every budget.
 
     ``down_bytes``: what the device has to fetch before it can train; the same for all candidates.
+    ``factors``: what is trained of each LoRA pair, and so sent.
 
     The binding budget is the one whose relaxation alone admits a better candidate, the best one first; if no
     budget alone does, the most exceeded one of the next better candidate. The plain form of a candidate with
     quantized layers counts as a better one, though an offer need not hold it: it is what more memory admits.
     """
-    options = _options(candidates, fit, budgets, shape, lora, down_bytes)
+    options = _options(candidates, fit, budgets, shape, lora, down_bytes, factors)
     if not options:
         return _unpredictable(candidates, fit)
     fitting = [o for o in options if not o.exceeds]
@@ -212,7 +221,7 @@ def choose(
         for o in options
         if o.candidate.quantized_layers
     ]
-    options += _options(plain, fit, budgets, shape, lora, down_bytes)
+    options += _options(plain, fit, budgets, shape, lora, down_bytes, factors)
     binding, because = _binding([o for o in options if o.rank < best.rank and o.exceeds])
     return Chosen(best.candidate, binding, best.time, _explain(because, budgets) if because else "")
 
@@ -226,6 +235,7 @@ def step_down(
     shape: ModelShape,
     lora: LoraShape,
     down_bytes: int,
+    factors: str = "AB",
 ) -> Chosen | None:
     """What to try after ``failed`` ran out of memory: the best that is predicted to need at least
     ``STEP_DOWN_MARGIN`` less, and meets the budgets; None when there is none. No hidden states are kept in
@@ -235,7 +245,7 @@ def step_down(
     ceiling = (1.0 - STEP_DOWN_MARGIN) * peak_mb(fit, failed.depth, failed.quantized_layers)
     smaller = [
         o
-        for o in _options(candidates, fit, budgets, shape, lora, down_bytes)
+        for o in _options(candidates, fit, budgets, shape, lora, down_bytes, factors)
         if not o.exceeds and o.candidate.peak_mb <= ceiling
     ]
     if not smaller:
@@ -251,6 +261,7 @@ def _options(
     shape: ModelShape,
     lora: LoraShape,
     down_bytes: int,
+    factors: str,
 ) -> list[_Option]:
     options = []
     for candidate in candidates:
@@ -264,8 +275,9 @@ def _options(
         ):
             continue
         own, time = predict(
-            candidate, fit=fit, budgets=budgets, shape=shape, lora=lora, down_bytes=down_bytes
-        )
+            candidate, fit=fit, budgets=budgets, shape=shape, lora=lora, down_bytes=down_bytes,
+            factors=factors,
+        )  # fmt: skip
         options.append(
             _Option(
                 own,

@@ -123,12 +123,12 @@ def round_time(
 
 
 @lru_cache(maxsize=1024)
-def update_bytes(shape: ModelShape, lora: LoraShape, depth: int, codec: str) -> int:
-    """Size of an update's container: LoRA of the top ``depth`` layers, and the dense parts.
+def update_bytes(shape: ModelShape, lora: LoraShape, depth: int, codec: str, factors: str = "AB") -> int:
+    """Size of an update's container: ``factors`` of the top ``depth`` layers, and the dense parts.
 
     Raises MechanismError for a codec without a cost.
     """
-    return _container_bytes(_parts(shape, lora, depth, _codec(codec).bits), codec, kind_update=True)
+    return _container_bytes(_parts(shape, lora, depth, _codec(codec).bits, factors), codec, kind_update=True)
 
 
 @lru_cache(maxsize=64)
@@ -146,21 +146,23 @@ def _codec(codec: str) -> CodecForm:
         ) from None
 
 
-def _parts(shape: ModelShape, lora: LoraShape, depth: int, bits: int) -> tuple[Part, ...]:
+def _parts(
+    shape: ModelShape, lora: LoraShape, depth: int, bits: int, factors: str = "AB"
+) -> tuple[Part, ...]:
     parts = []
     for layer in range(shape.layers - depth, shape.layers):
         for module in shape.modules:
-            for factor, width in (("A", module.inputs), ("B", module.outputs)):
-                parts.append(
-                    Part(
-                        layer=layer,
-                        module=module.name,
-                        factor=factor,  # type: ignore[arg-type]
-                        rows=lora.rank,
-                        width=width,
-                        bits=bits,  # type: ignore[arg-type]
-                    )
+            parts += [
+                Part(
+                    layer=layer,
+                    module=module.name,
+                    factor=factor,  # type: ignore[arg-type]
+                    rows=lora.rank,
+                    width=module.inputs if factor == "A" else module.outputs,
+                    bits=bits,  # type: ignore[arg-type]
                 )
+                for factor in factors
+            ]
     for dense in shape.dense:
         rows = dense.shape[0] if len(dense.shape) > 1 else 1
         width = 1

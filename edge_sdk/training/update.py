@@ -54,7 +54,7 @@ def write_results(request: Train, start: Start, model: TunableModel) -> Files:
     """Writes update.safetensors and, with error feedback, residual.safetensors into the request's folder."""
     folder = Path(request.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    keys = tuned_keys(model.shape, request.candidate.depth)
+    keys = tuned_keys(model.shape, request.candidate.depth, request.spec.factors)
     update = folder / "update.safetensors"
     residual = write_update(
         update,

@@ -25,19 +25,19 @@ Adapter = dict[str, Floats]
 """By ``Part.key``, slot-major: A (rank, in), B transposed (rank, out), dense (rows, rest)."""
 
 
-def lora_keys(shape: ModelShape, layer: int) -> tuple[str, ...]:
-    """Keys of one layer's factors, A before B, in the order of the modules."""
-    return tuple(f"{layer}.{module.name}.{factor}" for module in shape.modules for factor in ("A", "B"))
+def lora_keys(shape: ModelShape, layer: int, factors: str = "AB") -> tuple[str, ...]:
+    """Keys of one layer's ``factors`` (``AB``, ``A`` or ``B``), A before B, in the order of the modules."""
+    return tuple(f"{layer}.{module.name}.{factor}" for module in shape.modules for factor in factors)
 
 
 def dense_keys(shape: ModelShape) -> tuple[str, ...]:
     return tuple(f"dense.{part.name}" for part in shape.dense)
 
 
-def tuned_keys(shape: ModelShape, depth: int) -> tuple[str, ...]:
-    """What LoRA depth ``depth`` trains: the top layers and the dense parts."""
+def tuned_keys(shape: ModelShape, depth: int, factors: str = "AB") -> tuple[str, ...]:
+    """What LoRA depth ``depth`` trains: ``factors`` of the top layers, and the dense parts."""
     layers = range(shape.layers - depth, shape.layers)
-    return tuple(key for layer in layers for key in lora_keys(shape, layer)) + dense_keys(shape)
+    return tuple(key for layer in layers for key in lora_keys(shape, layer, factors)) + dense_keys(shape)
 
 
 def all_keys(shape: ModelShape) -> tuple[str, ...]:
@@ -64,15 +64,20 @@ def dense_size(part: DensePart) -> tuple[int, int]:
 
 
 def check_shape(
-    header: ContainerHeader, shape: ModelShape, lora: LoraShape, depth: int | None = None
+    header: ContainerHeader,
+    shape: ModelShape,
+    lora: LoraShape,
+    depth: int | None = None,
+    factors: str = "AB",
 ) -> None:
     """The run decides which parts there are and how large; the sender does not.
 
-    ``depth``: the parts must be just those that this LoRA depth trains; None: those of a whole adapter.
+    ``depth``: the parts must be just those that this LoRA depth trains, of each pair ``factors``; None: those
+    of a whole adapter.
     Raises ContainerError that names the first part that is wrong.
     """
     known = part_sizes(shape, lora)
-    wanted = set(known if depth is None else tuned_keys(shape, depth))
+    wanted = set(known if depth is None else tuned_keys(shape, depth, factors))
     sent = {part.key for part in header.parts}
     if sent != wanted:
         odd = min(sent ^ wanted)
