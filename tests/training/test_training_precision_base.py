@@ -25,6 +25,8 @@ from edge_sdk.protocol.trainer import (  # noqa: E402
     PlanBase,
     Progress,
     Setup,
+    Train,
+    Trained,
 )
 from edge_sdk.training.inline import InlineTrainer  # noqa: E402
 from edge_sdk.training.model import load_model  # noqa: E402
@@ -33,6 +35,8 @@ from edge_sdk.training.precision.salience import block_figures, frozen_of, loss_
 from edge_sdk.training.resident import resident_key  # noqa: E402
 from edge_sdk.training.tasks.tokens import load_tokenizer  # noqa: E402
 from edge_sdk.training.words import MECHANISMS, mechanisms_of, refuse_missing  # noqa: E402
+from edge_sdk.updates.initial import initial_adapter  # noqa: E402
+from edge_sdk.updates.versions import write_version  # noqa: E402
 
 pytestmark = pytest.mark.train
 torch.set_num_threads(1)
@@ -267,6 +271,29 @@ def test_a_plan_of_another_base_or_without_its_word_is_refused(bench: Bench) -> 
         )
     for changes in ({"base_precision": "plan"}, {"base_plan": plan}, {"base_precision": "int3"}):
         assert bench.describe(**changes).cause == "mechanism"
+
+
+@pytest.mark.parametrize("word", ["int8", "plan"])
+def test_a_round_is_trained_beside_a_packed_base(bench: Bench, tmp_path: Path, word: str) -> None:
+    plan = bench.plan(budget_bytes=50_000).plan if word == "plan" else None
+    setup = replace(bench.setup, base_precision=word, base_plan=plan)
+    shape = bench.describe(base_precision=word, base_plan=plan).shape
+    write_version(
+        tmp_path / "v0", run="r", round=0, number=0, fingerprint="0" * 64,
+        adapter=initial_adapter(shape, setup.lora, seed=2), codec="fp32",
+    )  # fmt: skip
+    for held, kind in ((word, Trained), ("fp32", Failed)):
+        candidate = Candidate(
+            id="c", depth=2, quantized_layers=1, micro_batch=4, max_length=12, steps=8, base_precision=held
+        )
+        request = Train(
+            id=3, setup=setup, run="r", round=1, device="d", fingerprint="0" * 64, candidate=candidate,
+            spec=replace(setup.spec, learning_rate=5e-3, head_learning_rate=2e-2),
+            versions=(str(tmp_path / "v0"),), folder=str(tmp_path / held),
+        )  # fmt: skip
+        bench.trainer.request(request)
+        assert isinstance(bench.replies[-1], kind), bench.replies[-1]
+    assert "base:fp32" in bench.replies[-1].message
 
 
 def test_a_candidate_of_another_precision_is_refused() -> None:

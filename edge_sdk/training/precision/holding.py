@@ -75,9 +75,14 @@ def hold(tensor: Any, word: str, device: Any) -> FrozenWeight:
     if word in _PACKED:
         return _PACKED[word](tensor, device)
     dtype = _FLOATS[word]
-    if word == "fp16" and (tensor.dtype == torch.bfloat16 or bool(tensor.abs().max() > 65504.0)):
+    if word == "fp16" and (tensor.dtype == torch.bfloat16 or _largest(tensor) > 65504.0):
         dtype = torch.bfloat16
     return Dense(tensor.to(device=device, dtype=dtype))
+
+
+def _largest(tensor: Any) -> float:
+    least, most = torch.aminmax(tensor)  # without a copy
+    return max(-float(least), float(most))
 
 
 def compute_dtype(word: str, device: Any) -> Any:
