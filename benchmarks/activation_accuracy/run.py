@@ -185,7 +185,8 @@ def claims_of(rows: list[dict[str, Any]], config: dict[str, Any]) -> list[Claim]
             ]
             text = (
                 f"{task}: points lost by {compared['arm']} against {compared['against']}, "
-                f"end of the 95 % interval (mean {-100 * mean:+.2f}, {-100 * high:+.2f} to {-100 * low:+.2f}; "
+                f"end of the 95 % interval "
+                f"(mean {-100 * mean:+.2f}, {-100 * high:+.2f} to {-100 * low:+.2f}; "
                 f"held-out loss {losses[0]:.4f} against {losses[1]:.4f})"
             )
             name = f"{task}-{compared['arm']}".replace(" ", "-")
