@@ -2,7 +2,8 @@
 
 A row of g values in b bits is g·b/8 bytes of codes, the first value in the lowest bits, then scale and
 offset: float32 each at 8 bits, float16 each below. x ~ code · scale + offset,
-code = round((x - min) / scale), scale = (max - min) / (2^b - 1). Composed ops write and read the same form where FBGEMM is not.
+code = round((x - min) / scale), scale = (max - min) / (2^b - 1). Composed ops write and read the same form
+where FBGEMM is not.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 
 __all__ = ["has_kernel", "pack_rows", "row_bytes", "unpack_rows"]
 
-_BLOCK = 1 << 19
+_BLOCK = 1 << 18
 """Elements that the composed ops take at a time: their float temporaries stay in the cache."""
 
 _OPS = {8: "byte", 4: "4bit", 2: "2bit"}
@@ -38,12 +39,14 @@ def pack_rows(rows: Any, bits: int, generator: Any = None, *, stochastic: bool =
     packed = torch.empty((n, row_bytes(bits, group)), dtype=torch.uint8, device=rows.device)
     step = max(1, _BLOCK // group)
     noise = _Noise(rows.device, -(-n // step), generator) if stochastic else None
+    room = None if kernel else torch.empty((min(step, n), group), device=rows.device)
     for i, start in enumerate(range(0, n, step)):
         block = rows[start : start + step].float()
         if kernel:
             packed[start : start + step] = _prepack(bits)(block)
         else:
-            _compose(block, packed[start : start + step], bits, None if noise is None else noise.block(i))
+            place = packed[start : start + step]
+            _compose(block, place, bits, None if noise is None else noise.block(i), room)
     return packed
 
 
@@ -109,15 +112,18 @@ def _pool(device: Any) -> Any:
     return torch.cat((even, even[:_BLOCK])).to(device)
 
 
-def _compose(block: Any, packed: Any, bits: int, noise: Any) -> None:
+def _compose(block: Any, packed: Any, bits: int, noise: Any, room: Any = None) -> None:
+    """Packs (n, group) float32 into ``packed``. ``noise`` and ``room``: at least as large, float32."""
     n, group = block.shape
     low = block.amin(dim=1, keepdim=True)
     scale = (block.amax(dim=1, keepdim=True) - low).div_(2**bits - 1)
     if bits < 8:  # codes must fit the scale that is kept
         low, scale = low.half().float(), scale.half().float()
-    codes = (block - low).mul_(scale.reciprocal().nan_to_num_(0.0, 0.0))
-    codes.view(-1).add_(0.5 if noise is None else noise[: n * group])
-    codes = codes.clamp_(0, 2**bits - 0.5).to(torch.uint8)  # cut off: floor
+    work = torch.sub(block, low, out=None if room is None else room[:n])
+    work.mul_(scale.reciprocal().nan_to_num_(0.0, 0.0))
+    work.view(-1).add_(0.5 if noise is None else noise[: n * group])
+    # cut off: floor; by way of int16, which is vectorized
+    codes = work.clamp_(0, 2**bits - 0.5).to(torch.int16).to(torch.uint8)
     if bits == 4:
         pairs = codes.view(torch.int16)
         codes = pairs.bitwise_or_(pairs >> 4).to(torch.uint8)
