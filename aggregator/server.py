@@ -166,7 +166,7 @@ class Aggregator:
         check_objects(self._store, self._objects)
         self._method = find_method(self.config.run.method)
         if self._trainer is None:
-            self._trainer = _own_trainer(self._folder.trainer, self.config.base.path)
+            self._trainer = _own_trainer(self._folder.trainer, self.config)
         self._trainer.start(self._inbox.put)
         self._evaluator = Evaluator(self._trainer, self._clock, self._on_progress)
         row = self._store.run(self.config.run.name)
@@ -388,7 +388,9 @@ def _of_the_folder(error: OSError) -> StateError:
     )
 
 
-def _own_trainer(folder: Path, base: str) -> TrainerHost:
+def _own_trainer(folder: Path, config: RunConfig) -> TrainerHost:
     from edge_sdk.agent.process_trainer import ProcessTrainer
 
-    return ProcessTrainer(folder, offline=Path(base).is_absolute())
+    return ProcessTrainer(
+        folder, offline=Path(config.base.path).is_absolute(), allocator=config.trainer.allocator
+    )

@@ -99,7 +99,9 @@ class Agent:
                 broker = self.config.broker
                 transport = MqttTransport(broker, f"{broker.namespace}-{self.config.agent.id}")
             trainer = self._trainer or ProcessTrainer(
-                folder, offline=Path(self.config.base.path).is_absolute()
+                folder,
+                offline=Path(self.config.base.path).is_absolute(),
+                allocator=self.config.trainer.allocator,
             )
             core = open_core(
                 self.config, transport=transport, trainer=trainer, clock=self._clock, bus=self._bus,

@@ -11,6 +11,7 @@ import msgspec
 
 from edge_sdk.agent.context import Context
 from edge_sdk.agent.record import Knowledge
+from edge_sdk.device.allocators import find_allocator
 from edge_sdk.errors import (
     BaseModelError,
     ContainerError,
@@ -192,7 +193,8 @@ class Joining:
                 self._found = Path(reply.base)
                 context.emit(
                     "trainer.described", samples=reply.samples, dropped=reply.dropped,
-                    rest_mb=reply.rest_mb, device=reply.device,
+                    rest_mb=reply.rest_mb, device=reply.device, allocator=reply.allocator,
+                    base_held=reply.base_held,
                 )  # fmt: skip
                 self._learn()
             case Probed():
@@ -271,6 +273,7 @@ def _knowledge_key(context: Context, run: Run, fingerprint: Fingerprint | None) 
     facts = [
         fingerprint, run.spec, run.levers, run.micro_batch, run.labels, run.template,
         config.data, config.trainer, config.trainer.base_held(), config.limits.memory_mb,
+        str(find_allocator(config.trainer.allocator).library),
         profile.machine, profile.processor, profile.cores, profile.accelerators,
         stat.st_size, stat.st_mtime_ns, _version("edge-sdk"), _version("torch"), _version("bitsandbytes"),
     ]  # fmt: skip

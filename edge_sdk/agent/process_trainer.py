@@ -20,9 +20,18 @@ from pathlib import Path
 import msgspec
 
 from edge_sdk.agent.trainer_log import TrainerLog
+from edge_sdk.device.allocators import find_allocator
 from edge_sdk.errors import ProtocolError
 from edge_sdk.protocol.pipe import Unframer, frame
-from edge_sdk.protocol.trainer import Died, Interrupt, Progress, TrainerReply, TrainerRequest, decode_reply
+from edge_sdk.protocol.trainer import (
+    Died,
+    Failed,
+    Interrupt,
+    Progress,
+    TrainerReply,
+    TrainerRequest,
+    decode_reply,
+)
 
 __all__ = ["ProcessTrainer"]
 
@@ -35,17 +44,27 @@ _READ = 1 << 16
 class ProcessTrainer:
     """A TrainerHost whose work is done by ``python -m edge_sdk.training.worker``.
 
-    The process is started by the first request and ended by ``unload``; the next request starts another.
+    The process is started by the first request and ended by ``unload``; the next request starts another, as
+    does the one after a request that ran out of memory.
 
     Args:
         folder: where it runs, and where its ``trainer.log`` is kept (at most 2 MiB).
         offline: forbid Hugging Face's libraries the network; needless downloads fail instead of hanging.
+        allocator: what allocates its memory, as ``trainer.allocator`` in the config; preloaded for it alone.
+            ConfigError where one is named that is not there.
         command: what to start instead of the worker, for tests; ``--fd N`` is appended.
     """
 
-    def __init__(self, folder: Path, *, offline: bool = True, command: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        offline: bool = True,
+        allocator: str = "auto",
+        command: Sequence[str] | None = None,
+    ) -> None:
         self._folder = folder
-        self._offline = offline
+        self._environment = {**_environment(offline), **find_allocator(allocator).environment()}
         self._command = [sys.executable, *_WORKER] if command is None else list(command)
         self._deliver: Callable[[TrainerReply], None] | None = None
         self._lock = threading.Lock()
@@ -66,6 +85,8 @@ class ProcessTrainer:
         with self._lock:
             child = self._child
             if child is None or not child.take(_id(request)):
+                if child is not None:
+                    child.end()  # what it holds is free before another takes memory
                 try:
                     child = self._child = self._spawn(_id(request))
                 except OSError as error:
@@ -103,7 +124,7 @@ class ProcessTrainer:
                     stdout=subprocess.PIPE,
                     stderr=subprocess.STDOUT,
                     cwd=self._folder,
-                    env=_environment(self._offline),
+                    env=self._environment,
                     # Its own session: Ctrl-C reaches the agent alone, which ends it in order.
                     start_new_session=True,
                 )
@@ -133,6 +154,7 @@ class _Child:
         self.active: int | None = first
         self._burial = threading.Lock()
         self.alive = True
+        self._spent = False
         self._pipe = pipe
         self._log = log
         self._tell = tell
@@ -144,11 +166,15 @@ class _Child:
         self._reader.start()
 
     def take(self, request: int) -> bool:
-        """Makes this the request that is answered, by ``Died`` at the least. False: it is dead already."""
+        """Makes this the request that is answered, by ``Died`` at the least. False: it is of no more use.
+
+        Dead, or out of memory once: its heap is in pieces then, and what would fit might not.
+        """
         with self._burial:
-            if self.alive:
+            fit = self.alive and not self._spent
+            if fit:
                 self.active = request
-            return self.alive
+            return fit
 
     def send(self, request: TrainerRequest) -> None:
         try:
@@ -166,7 +192,8 @@ class _Child:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        self._reader.join(_GRACE_S)
+        if threading.current_thread() is not self._reader:  # a reply may be answered with a request at once
+            self._reader.join(_GRACE_S)
         self._logger.join(_GRACE_S)
 
     def _shut(self) -> None:
@@ -192,6 +219,7 @@ class _Child:
         if self._wanted and reply.id == self.active:
             if not isinstance(reply, Progress):
                 self.active = None
+            self._spent |= isinstance(reply, Failed) and reply.cause == "memory"
             self._tell(reply)
 
     def _bury(self) -> None:

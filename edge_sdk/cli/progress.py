@@ -52,7 +52,11 @@ def _line(event: Event) -> str:
             return f"run {f['run']}: base and task agree"
         case "trainer.described":
             short = f" ({f['dropped']} left out: nothing to learn within max_length)" if f["dropped"] else ""
-            return f"{f['samples']} rows{short}, trainer on {f['device']} holds {f['rest_mb']:.0f} MB at rest"
+            base = f", base in {f['base_held']}" if f["base_held"] else ""
+            return (
+                f"{f['samples']} rows{short}, trainer on {f['device']} under {f['allocator']} "
+                f"holds {f['rest_mb']:.0f} MB at rest{base}"
+            )
         case "trainer.probed":
             return (
                 f"probed {f['probes']} settings: {f['layer_mb']:.1f} MB a layer, "

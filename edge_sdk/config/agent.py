@@ -52,6 +52,14 @@ class TrainerSection(Record, frozen=True, kw_only=True):
     ] = "auto"
     threads: NotNegative = 0
     """0: as many as torch likes."""
+    allocator: Annotated[
+        str,
+        msgspec.Meta(
+            pattern=r"^(auto|glibc|mimalloc|tcmalloc|jemalloc|/.+)\Z",
+            description='"auto", "glibc", "mimalloc", "tcmalloc", "jemalloc" or the path of a library',
+        ),
+    ] = "auto"
+    """What allocates the trainer's memory; auto: the best that is installed."""
     base_precision: Literal["fp32", "bf16", "fp16", "int8", "nf4", "int2"] = "fp32"
     """What the frozen base is held in. Below 16 bits the embeddings are held in 8."""
     base_plan: FilePath | None = None

@@ -186,6 +186,8 @@ class Described(Record, frozen=True, kw_only=True, tag="described"):
     base_held: Text = ""
     """What the base is held in, and what decodes it: ``nf4 by bitsandbytes 0.50.2``."""
     torch: Text
+    allocator: Text = ""
+    """What allocates the trainer's memory, with its version."""
 
 
 class Probed(Record, frozen=True, kw_only=True, tag="probed"):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -35,7 +34,7 @@ from edge_sdk.protocol.trainer import (
     TrainerReply,
     TrainerRequest,
 )
-from edge_sdk.training.allocator import roomy_allocator
+from edge_sdk.training.allocator import allocator_word
 from edge_sdk.training.failures import InterruptError, failed
 from edge_sdk.training.lean import keep_lean
 from edge_sdk.training.words import mechanisms_of, refuse_missing
@@ -178,6 +177,7 @@ class Engine:
             mechanisms=mechanisms_of(request.setup.base_precision),
             base_held=resident.base_held,
             torch=str(torch.__version__),
+            allocator=allocator_word(),
         )
 
     def _probe(self, request: Probe) -> Probed:
@@ -271,11 +271,9 @@ class Engine:
         def report(done: int) -> None:
             self._progress(request.id, "evaluating", done, len(rows))
 
-        free = self._enforce and setup.memory_mb is None
-        with roomy_allocator() if free else nullcontext():
-            found = resident.task.evaluate(
-                resident.model, resident.every(rows, setup.micro_batch), check=watch, report=report
-            )
+        found = resident.task.evaluate(
+            resident.model, resident.every(rows, setup.micro_batch), check=watch, report=report
+        )
         return Evaluated(id=request.id, seconds=time.perf_counter() - started, **asdict(found))
 
     def _export(self, request: Export) -> Exported:

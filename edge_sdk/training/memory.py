@@ -8,13 +8,16 @@ highest figure, above what is allocated at rest.
 from __future__ import annotations
 
 import logging
+import math
+import re
 import resource
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from edge_sdk.training.allocator import trim
+from edge_sdk.training.allocator import cap_heap, trim
 
 __all__ = ["Meter", "is_out_of_memory", "limit_growth", "read_status"]
 
@@ -62,10 +65,11 @@ class Meter:
 def limit_growth(device: Any, growth_mb: float | None) -> None:
     """From now on this process may hold ``growth_mb`` more than it does; None lifts the limit.
 
-    CPU: the soft RLIMIT_DATA becomes what the process has mapped writable now (VmData) plus the growth;
-    beyond it mmap and brk fail, and torch raises. VmData counts mappings, not resident pages, so what is
-    mapped and untouched now (thread stacks, free parts of the heap) can still become resident: the caller
-    compares VmHWM with the limit after every step as well. CUDA: a cap on torch's caching allocator.
+    CPU: the soft RLIMIT_DATA becomes what the process holds of its own (RssAnon), plus what it has mapped
+    writable and not touched (``_untouched_mb``), plus the growth; beyond it mmap, mprotect and brk fail, and
+    torch raises. What is mapped and untouched can still become resident, so the caller compares VmHWM with
+    the limit after every step as well. tcmalloc has a limit of its own on what it holds: set too, and exact.
+    CUDA: a cap on torch's caching allocator.
     """
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
@@ -74,13 +78,64 @@ def limit_growth(device: Any, growth_mb: float | None) -> None:
         torch.cuda.set_per_process_memory_fraction(share, device)
         return
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    capped = cap_heap(growth_mb)
+    status = read_status()
+    untouched = _untouched_mb(status)
     if growth_mb is None:
         resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
         return
-    soft = int(read_status()["VmData"] * _MB + growth_mb * _MB)
+    mapped = status["VmData"] if capped else status["RssAnon"] + untouched
+    soft = int((mapped + growth_mb) * _MB)
     if hard != resource.RLIM_INFINITY:
         soft = min(soft, hard)
     resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+_least_untouched = [math.inf]
+
+
+def _untouched_mb(status: dict[str, float]) -> float:
+    """What is mapped writable, not touched, and not for the heap to fill: stacks, scratch of libraries.
+
+    The least that was seen: an allocator that keeps its address space (mimalloc) has more of it after every
+    deep training, and a limit on top of that would limit nothing.
+    """
+    untouched = status["VmData"] - status["RssAnon"] - _holes_mb()
+    _least_untouched[0] = min(_least_untouched[0], untouched)
+    return _least_untouched[0]
+
+
+def _holes_mb() -> float:
+    """What the heap has mapped writable and given back, in holes that a tensor fits: those it fills again.
+
+    The heap: what brk gave, and mimalloc's arenas, told by their name where the kernel keeps names, by the
+    addresses that mimalloc asks for where it does not.
+    """
+    page, pages = resource.getpagesize(), 0
+    try:
+        mappings = Path("/proc/self/maps").read_text().splitlines()
+        with Path("/proc/self/pagemap").open("rb", buffering=0) as stream:
+            for entry in filter(None, map(_MAPPING.match, mappings)):
+                start, end, name = int(entry["start"], 16), int(entry["end"], 16), entry["name"]
+                if name in ("[heap]", "[anon:mimalloc]") or (not name and start in _ARENA_ADDRESSES):
+                    stream.seek(start // page * 8)
+                    entries = np.frombuffer(stream.read((end - start) // page * 8), dtype=np.uint64)
+                    away = (entries >> np.uint64(62)) == 0  # neither in memory nor swapped out
+                    edges = np.diff(away.astype(np.int8), prepend=0, append=0)
+                    runs = np.flatnonzero(edges == -1) - np.flatnonzero(edges == 1)
+                    pages += int(runs[runs * page >= _HOLE_BYTES].sum())
+    except OSError as error:
+        _log.info("which pages are resident cannot be read (%s): the limit is less exact", error)
+    return pages * page / _MB
+
+
+_MAPPING = re.compile(r"(?P<start>[0-9a-f]+)-(?P<end>[0-9a-f]+) rw\S\S \S+ \S+ 0\s*(?P<name>.*)")
+_ARENA_ADDRESSES = range(2 << 40, 32 << 40)
+"""Between 2 and 32 TiB: the kernel places nothing there by itself."""
+_HOLE_BYTES = 3 << 20
+"""Smaller holes seldom take a tensor of training. MiniLM under mimalloc, 35 MB given back at rest, of which
+20 in such holes: training that holds 92 MB passes from a growth of 95 on; with all holes taken off from 110,
+with none from 60."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -15,7 +15,7 @@ from edge_sdk.device.machine import read_profile
 from edge_sdk.errors import DataError, MechanismError
 from edge_sdk.protocol.spec import Candidate, TrainSpec
 from edge_sdk.protocol.trainer import Setup
-from edge_sdk.training.allocator import trim
+from edge_sdk.training.allocator import allocator_word, trim
 from edge_sdk.training.base import compute_device
 from edge_sdk.training.failures import MemoryLimitError
 from edge_sdk.training.loop import StepDone, train
@@ -93,7 +93,10 @@ class Resident:
         computes = (
             read_profile().processor if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
         )
-        return f"{computes}; torch {torch.__version__}; {self.device}; {self.threads(setup)} threads"
+        return (
+            f"{computes}; torch {torch.__version__}; {self.device}; {self.threads(setup)} threads; "
+            f"{allocator_word()}"
+        )
 
     def rows(self, setup: Setup, max_length: int | None = None) -> Rows:
         """The setup's rows, tokenized once per file and length. Raises DataError."""

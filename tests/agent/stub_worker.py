@@ -49,6 +49,10 @@ def main() -> None:
                     sys.stderr.write("y" * 100_000 + "\n")
                 sys.stderr.flush()
                 reply(Exported(id=request.id, folder=request.folder))
+            case "memory":
+                reply(Failed(id=request.id, cause="memory", message=f"out of memory in {os.getpid()}"))
+            case "allocator":
+                reply(Exported(id=request.id, folder=os.environ.get("LD_PRELOAD", "none")))
             case "fds":
                 told = ",".join(sorted(path.name for path in Path("/proc/self/fd").iterdir()))
                 reply(

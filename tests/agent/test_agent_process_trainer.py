@@ -16,6 +16,8 @@ import pytest
 from agent_fakes import LORA, PRINT, SHAPE
 
 from edge_sdk.agent.process_trainer import ProcessTrainer
+from edge_sdk.device.allocators import find_allocator
+from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.trainer import Died, Export, Exported, Failed, Progress, TrainerReply
 
 STUB = (sys.executable, str(Path(__file__).with_name("stub_worker.py")))
@@ -81,6 +83,32 @@ def test_death_is_an_event_and_the_next_request_starts_another(
     assert not host.trainer.loaded
     host.ask("x")
     assert isinstance(host.answer(), Exported)
+
+
+def test_after_it_ran_out_of_memory_another_begins(host: Host) -> None:
+    host.ask("memory")
+    reply = host.answer()
+    assert isinstance(reply, Failed) and reply.cause == "memory"
+    first = int(reply.message.split()[-1])
+    host.ask("x")
+    reply = host.answer()
+    assert isinstance(reply, Exported) and int(reply.folder) != first and not psutil.pid_exists(first)
+
+
+def test_it_starts_under_the_allocator_that_is_wanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    best = find_allocator().library
+    for wanted, expected in (("auto", str(best) if best else "none"), ("glibc", "none")):
+        host = Host(tmp_path, allocator=wanted)
+        host.ask("allocator")
+        reply = host.answer()
+        assert isinstance(reply, Exported) and reply.folder == expected
+        host.trainer.close()
+    assert "LD_PRELOAD" not in os.environ
+    with pytest.raises(ConfigError, match="not there"):
+        ProcessTrainer(tmp_path, allocator="/no/such/lib.so")
 
 
 def test_a_worker_that_talks_nonsense_is_ended(host: Host) -> None:

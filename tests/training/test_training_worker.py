@@ -19,6 +19,7 @@ import pytest
 pytest.importorskip("torch")
 pytestmark = pytest.mark.train
 
+from edge_sdk.device.allocators import Allocator, find_allocator  # noqa: E402
 from edge_sdk.planning.cost import peak_mb  # noqa: E402
 from edge_sdk.protocol.measure import Fit  # noqa: E402
 from edge_sdk.protocol.model import Fingerprint, LoraShape, ModelShape  # noqa: E402
@@ -51,7 +52,7 @@ PRINT = "0" * 64
 class Worker:
     """One end of the socket pair, and the process at the other."""
 
-    def __init__(self) -> None:
+    def __init__(self, allocator: Allocator = Allocator("glibc")) -> None:  # noqa: B008
         self.ends_with = 0
         self.pair, other = socket.socketpair()
         self.pair.settimeout(120)
@@ -59,7 +60,7 @@ class Worker:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "edge_sdk.training.worker", "--fd", str(other.fileno())],
                 pass_fds=[other.fileno()],
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env={**os.environ, "OMP_NUM_THREADS": "1", **allocator.environment()},
             )
         self._unframer = Unframer()
         self._replies: list[Any] = []
@@ -87,7 +88,7 @@ class Worker:
 
 @pytest.fixture
 def worker() -> Iterator[Worker]:
-    worker = Worker()
+    worker = Worker(find_allocator())
     yield worker
     worker.close()
 
@@ -143,6 +144,18 @@ def test_a_limit_is_enforced_and_survived(worker: Worker, setup: Setup, tmp_path
     limited = msgspec.structs.replace(setup, memory_mb=described.rest_mb + 45)
     deep = worker.ask(_train(limited, described.shape, tmp_path, 6, 0))
     assert isinstance(deep, Failed) and deep.cause == "memory", deep
+    # it lives; below rest nothing is possible, and the message says what rest is
+    none = worker.ask(Describe(id=4, setup=msgspec.structs.replace(setup, memory_mb=100.0)))
+    assert isinstance(none, Failed) and none.cause == "memory"
+    assert "at rest" in none.message and "limits.memory_mb = 100" in none.message
+    # without the limit everything runs again
+    assert isinstance(worker.ask(_train(setup, described.shape, tmp_path, 6, 0)), Trained)
+
+
+def test_what_fits_the_limit_is_trained(worker: Worker, setup: Setup, tmp_path: Path) -> None:
+    described = worker.ask(Describe(id=1, setup=setup))
+    assert isinstance(described, Described), described
+    limited = msgspec.structs.replace(setup, memory_mb=described.rest_mb + 45)
     small = worker.ask(_train(limited, described.shape, tmp_path, 2, 2))
     assert isinstance(small, Trained), small
     assert small.measured.rest_mb + small.measured.peak_mb <= described.rest_mb + 45
@@ -152,12 +165,7 @@ def test_a_limit_is_enforced_and_survived(worker: Worker, setup: Setup, tmp_path
     assert probed.fit.probes and all(p.peak_mb <= 45 for p in probed.fit.probes)
     assert len(probed.fit.probes) <= 5
     assert max(p.depth for p in probed.fit.probes) >= 2
-    # below rest nothing is possible, and the message says what rest is
-    none = worker.ask(Describe(id=4, setup=msgspec.structs.replace(setup, memory_mb=100.0)))
-    assert isinstance(none, Failed) and none.cause == "memory"
-    assert "at rest" in none.message and "limits.memory_mb = 100" in none.message
-    # without the limit everything runs again
-    assert isinstance(worker.ask(_train(setup, described.shape, tmp_path, 6, 0)), Trained)
+    assert described.allocator in probed.fit.machine
 
 
 def test_it_ends_with_its_host_in_the_middle_of_training(
