@@ -174,7 +174,7 @@ class Engine:
             dropped=dropped,
             label_counts=counts,
             device=str(resident.device),
-            mechanisms=mechanisms_of(request.setup.base_precision),
+            mechanisms=mechanisms_of(request.setup.base_precision, str(resident.device)),
             base_held=resident.base_held,
             torch=str(torch.__version__),
             allocator=allocator_word(),
@@ -258,6 +258,7 @@ class Engine:
 
     def _evaluate(self, request: Evaluate) -> Evaluated:
         resident = self._ready(request.id, request.setup)
+        from edge_sdk.training.checking import checked
         from edge_sdk.training.memory import Meter
         from edge_sdk.updates.versions import read_adapter
 
@@ -271,9 +272,10 @@ class Engine:
         def report(done: int) -> None:
             self._progress(request.id, "evaluating", done, len(rows))
 
-        found = resident.task.evaluate(
-            resident.model, resident.every(rows, setup.micro_batch), check=watch, report=report
-        )
+        with checked(resident.model.layers, watch):
+            found = resident.task.evaluate(
+                resident.model, resident.every(rows, setup.micro_batch), check=watch, report=report
+            )
         return Evaluated(id=request.id, seconds=time.perf_counter() - started, **asdict(found))
 
     def _export(self, request: Export) -> Exported:

@@ -19,6 +19,7 @@ from edge_sdk.protocol.spec import Candidate, TrainSpec  # noqa: E402
 from edge_sdk.training.loop import train  # noqa: E402
 from edge_sdk.training.model import load_model  # noqa: E402
 from edge_sdk.training.model.heads import base_of  # noqa: E402
+from edge_sdk.training.precision.holding import base_precision  # noqa: E402
 from edge_sdk.training.prefix import Prefix  # noqa: E402
 from edge_sdk.training.prefix_store import MemoryShelf, RowForm, on_disk  # noqa: E402
 from edge_sdk.training.randomness import draw_rows  # noqa: E402
@@ -35,9 +36,13 @@ LORA = LoraShape(rank=4, alpha=8.0)
 class Bench:
     """A tiny model, rows for it, and two and a half epochs of them."""
 
-    def __init__(self, base: Path, task: str = "classification", batches: int = 6) -> None:
+    def __init__(
+        self, base: Path, task: str = "classification", batches: int = 6, precision: str = "fp32"
+    ) -> None:
         self.task = task_of(task)
-        self.model = load_model(base, ("a", "b", "c"), LORA, "cpu", task=task)
+        self.model = load_model(
+            base, ("a", "b", "c"), LORA, "cpu", task=task, precision=base_precision(precision, "cpu")
+        )
         start = initial_adapter(self.model.shape, LORA, seed=1)
         draw = np.random.default_rng(0)
         self.start = {
@@ -108,6 +113,20 @@ def test_the_same_training_in_every_family(family: str, bases: dict[tuple[str, s
     assert trace.losses[:2] == plain.losses[:2]
     assert far(again, moved) < 1e-3  # Adam's first steps are signs; float32 elsewhere
     assert trace.prefix_read == pytest.approx(READ / 24)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "int8"])
+def test_half_and_quantized_bases_train_and_reuse(
+    precision: str, bench: Bench, bases: dict[tuple[str, str], Path]
+) -> None:
+    """fp16 with its loss scaled; the adapter stays in float32."""
+    half = Bench(bases["roberta", "classification"], precision=precision)
+    whole, _ = bench.train()
+    plain, also = half.train()
+    assert plain.losses == pytest.approx(whole.losses, rel=0.02)
+    assert all(p.dtype == torch.float32 for p in half.model.parts.values())
+    trace, again = half.train(half.prefix())
+    assert trace.losses == pytest.approx(plain.losses, rel=1e-3) and far(again, also) < 0.05
 
 
 @pytest.mark.parametrize("depth", [1, 2])
