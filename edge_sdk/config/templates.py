@@ -182,6 +182,7 @@ path = <DATA>
 [trainer]                  # where the server evaluates
 # device = "auto"
 # threads = 0
+# allocator = "auto"       # of its memory, as in agent.toml
 # base_precision = "fp32"  # as in agent.toml; what devices hold is their own affair
 # base_plan = "plan.json"
 """
