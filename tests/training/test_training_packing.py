@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.train
 
-from edge_sdk.training.activations import kernels, packing  # noqa: E402
+from edge_sdk.training.activations import kernels, packing, triton_kernels  # noqa: E402
 from edge_sdk.training.activations.packing import pack, pack_mask  # noqa: E402
 from edge_sdk.training.activations.plan import Form  # noqa: E402
 
@@ -125,3 +125,28 @@ def test_masks_are_exact_and_take_a_bit(shape: tuple[int, ...]) -> None:
     packed = pack_mask(mask)
     assert torch.equal(packed.unpack(), mask)
     assert packed.nbytes == -(-mask.numel() // 8)
+
+
+def test_triton_writes_the_same_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    pytest.importorskip("triton")
+    values = _values(70, 32)
+    values[5] = 2.5
+    for bits in (8, 4, 2):
+        packed = triton_kernels.pack_rows(values, bits)
+        assert (packed != kernels.pack_rows(values, bits)).float().mean() < 0.03
+        back = triton_kernels.unpack_rows(packed, bits, 32, torch.float32)
+        assert torch.allclose(back, kernels.unpack_rows(packed, bits, 32), atol=1e-5)
+        drawn = [
+            triton_kernels.unpack_rows(triton_kernels.pack_rows(values, bits, seed), bits, 32, torch.float32)
+            for seed in range(1, 17)
+        ]
+        assert not torch.equal(drawn[0], drawn[1])
+        mean = (sum(drawn) / 16 - values).norm()
+        assert mean < 0.4 * (drawn[0] - values).norm()
+
+
+def test_where_triton_is_not_for_the_device_it_is_not_asked() -> None:
+    assert not triton_kernels.available(torch.device("meta"))
+    packing.warm("cpu")
+    assert packing.kernel("cpu") in ("fbgemm", "composed")

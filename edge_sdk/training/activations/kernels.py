@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from edge_sdk.training.activations import triton_kernels
+
 __all__ = ["has_kernel", "pack_rows", "row_bytes", "unpack_rows"]
 
 _BLOCK = 1 << 18
@@ -33,6 +35,11 @@ def pack_rows(rows: Any, bits: int, generator: Any = None, *, stochastic: bool =
     x. float16 scales that overflow become infinite: the caller looks.
     """
     n, group = rows.shape
+    if triton_kernels.available(rows.device, group):
+        seed = None
+        if stochastic:
+            seed = int(torch.randint(1 << 31, (), generator=generator, device=_place(generator)))
+        return triton_kernels.pack_rows(rows, bits, seed)
     kernel = not stochastic and has_kernel(rows.device, bits)
     if kernel and (rows.dtype != torch.bfloat16 or n * group <= _BLOCK):
         return _prepack(bits)(rows.float() if rows.dtype == torch.bfloat16 else rows)
@@ -53,6 +60,8 @@ def pack_rows(rows: Any, bits: int, generator: Any = None, *, stochastic: bool =
 def unpack_rows(packed: Any, bits: int, group: int, dtype: Any = torch.float32) -> Any:
     """(n, row_bytes) uint8 -> (n, group) of ``dtype``."""
     n = packed.shape[0]
+    if triton_kernels.available(packed.device, group):
+        return triton_kernels.unpack_rows(packed, bits, group, dtype)
     kernel = has_kernel(packed.device, bits)
     if kernel and (dtype == torch.float32 or n * group <= _BLOCK):
         return _unpack(bits)(packed).to(dtype)
@@ -90,6 +99,10 @@ def has_kernel(device: Any, bits: int = 8) -> bool:
     )
 
 
+def _place(generator: Any) -> Any:
+    return torch.device("cpu") if generator is None else generator.device
+
+
 class _Noise:
     """Uniform numbers for rounding, cheap: a fixed shuffle of evenly spread ones, read from drawn places.
 
@@ -97,8 +110,8 @@ class _Noise:
     """
 
     def __init__(self, device: Any, blocks: int, generator: Any) -> None:
-        place = torch.device("cpu") if generator is None else generator.device
-        self._starts = torch.randint(_POOL, (blocks,), generator=generator, device=place).tolist()
+        starts = torch.randint(_POOL, (blocks,), generator=generator, device=_place(generator))
+        self._starts = starts.tolist()
         self._pool = _pool(device)
 
     def block(self, i: int) -> Any:

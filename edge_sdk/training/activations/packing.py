@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from edge_sdk.training.activations import kernels
+from edge_sdk.training.activations import kernels, triton_kernels
 from edge_sdk.training.activations.plan import Form
 
-__all__ = ["GROUPS", "Packed", "PackedMask", "kernel", "pack", "pack_flat", "pack_mask"]
+__all__ = ["GROUPS", "Packed", "PackedMask", "kernel", "pack", "pack_flat", "pack_mask", "warm"]
 
 GROUPS = {8: 32, 4: 32, 2: 32}
 """Values that share a scale, by bits. Outlier channels set a group's step: at 8 bits all LoRA gradients of
@@ -20,10 +20,22 @@ MiniLM are off by 0.65 % at 32, 0.8 % at 64, 1.0 % at 128, 1.9 % at 1536."""
 
 
 def kernel(device: Any, form: Form | None = None) -> str:
-    """Which implementation packs: ``fbgemm`` or ``composed``."""
-    form = Form() if form is None else form
-    fused = form.rounding == "nearest" and kernels.has_kernel(torch.device(device), form.bits)
+    """Which implementation packs: ``fbgemm``, ``triton`` or ``composed``."""
+    form, device = Form() if form is None else form, torch.device(device)
+    if triton_kernels.available(device, form.group or GROUPS[form.bits]):
+        return "triton"
+    fused = form.rounding == "nearest" and kernels.has_kernel(device, form.bits)
     return "fbgemm" if fused else "composed"
+
+
+def warm(device: Any) -> None:
+    """Makes ready what packs on ``device``, so that no round pays for it."""
+    device = torch.device(device)
+    for bits in GROUPS:
+        if not triton_kernels.available(device, GROUPS[bits]):
+            kernels.has_kernel(device, bits)
+    if triton_kernels.available(device):
+        triton_kernels.warm(device)
 
 
 class Packed:
@@ -87,7 +99,7 @@ def _checked(rows: Any, bits: int, generator: Any, stochastic: bool) -> tuple[in
     codes = kernels.pack_rows(rows, bits, generator, stochastic=stochastic)
     if bits < 8 and rows.dtype != torch.float16:
         tail = codes[:, -4:].contiguous().view(torch.float16)
-        if not bool(tail.isfinite().all()):  # beyond 65504: eight bits have a float32 scale
+        if not bool(tail.float().sum().isfinite()):  # beyond 65504: eight bits have a float32 scale
             return 8, kernels.pack_rows(rows, 8, generator, stochastic=stochastic)
     return bits, codes
 
