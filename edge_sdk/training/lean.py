@@ -31,6 +31,7 @@ def keep_lean() -> None:
     if "torch._dynamo" in sys.modules or "transformers" in sys.modules:
         return
     torch.distributed.is_available = lambda: False
+    torch.compile = _unchanged  # bitsandbytes compiles what its kernels lack, where it can
     sys.modules.setdefault("accelerate", None)  # type: ignore[arg-type]
     torch._dynamo = _Aside(
         "torch._dynamo", ("_trace_wrapped_higher_order_op",), disable=_unchanged, allow_in_graph=_unchanged,

@@ -24,7 +24,8 @@ from test_training_lean import losses_of
 losses = losses_of(sys.argv[2:])
 heavy = ["sympy", "torch._inductor", "torch._dynamo.utils", "torch.distributed.tensor", "accelerate.utils"]
 found = [name for name in heavy if name in sys.modules]
-twice = torch.compile(lambda x: x * 2, backend="eager")
+import torch._dynamo.utils
+twice = torch._dynamo.optimize("eager")(lambda x: x * 2)
 print(json.dumps([losses, found, twice(torch.ones(1)).item(), "torch._dynamo.utils" in sys.modules]))
 """
 
