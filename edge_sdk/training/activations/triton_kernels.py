@@ -1,15 +1,14 @@
 """Packing on CUDA by Triton, in the byte form of ``kernels.py``: one program a handful of rows.
 
 Never run on a GPU yet: its arithmetic is tested by Triton's interpreter where Triton is installed, and it
-compiles for sm_87; its speed is not known. Triton keeps what it compiled on disk (``TRITON_CACHE_DIR``), so that ``warm``
-takes seconds once per machine; call it outside rounds. Without Triton the composed ops pack.
+compiles for sm_87; its speed is not known. Triton keeps what it compiled on disk (``TRITON_CACHE_DIR``), so
+that ``warm`` takes seconds once per machine; call it outside rounds. Without Triton the composed ops pack.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 from functools import lru_cache
 from typing import Any
 
@@ -27,10 +26,8 @@ _ROWS = 32
 @lru_cache(maxsize=32)
 def available(device: Any, group: int = 32) -> bool:
     """Whether rows of ``group`` values on ``device`` are for these kernels."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    place = device.type == "cuda" or (interpreted and device.type == "cpu")
     fits = 8 <= group <= 1024 and group & (group - 1) == 0
-    return place and fits and importlib.util.find_spec("triton") is not None
+    return device.type == "cuda" and fits and importlib.util.find_spec("triton") is not None
 
 
 def pack_rows(rows: Any, bits: int, seed: int | None = None) -> Any:
