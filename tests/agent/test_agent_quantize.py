@@ -82,12 +82,6 @@ def test_a_plan_is_shown_and_written_and_the_config_takes_it(folder: Path) -> No
     assert load_agent_config(folder / "agent.toml").trainer.base_held() == ("plan", plan)
 
 
-@pytest.mark.train
-def test_the_least_budget_is_named(folder: Path) -> None:
-    told = refused(quantize(folder, "--base", "base", "--budget-mb", "0.01", "--method", "influence"), 78)
-    assert "with every block at 2 bits" in told and "hint: give at least" in told
-
-
 def test_options_that_do_not_go_together(tmp_path: Path) -> None:
     assert "one of --budget-mb and --precision" in refused(quantize(tmp_path), 64)
     both = quantize(tmp_path, "--budget-mb", "3", "--precision", "nf4")
