@@ -39,6 +39,11 @@ class Arm:
         return bool(self.plans)
 
     @property
+    def levers(self) -> bool:
+        """Whether something is made again, and all factors are trained."""
+        return self.factors == "AB" and any(plan.recompute != "none" for _, plan in self.plans)
+
+    @property
     def stochastic(self) -> bool:
         return any(plan.form is not None and plan.form.rounding == "stochastic" for _, plan in self.plans)
 
