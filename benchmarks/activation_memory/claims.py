@@ -35,8 +35,8 @@ def summary(rows: list[dict[str, Any]], shape: str) -> dict[str, Any]:
     for name in (name for name in kinds if name in costs):
         arm = kinds[name]
         arms.append({
-            "arm": name, "kind": arm.kind, "ours": arm.ours, "levers": arm.levers, "bits": arm.bits, "stochastic": arm.stochastic,
-            "chunked_loss": arm.chunked_loss,
+            "arm": name, "kind": arm.kind, "ours": arm.ours, "levers": arm.levers,
+            "bits": arm.bits, "stochastic": arm.stochastic, "chunked_loss": arm.chunked_loss,
             "peak": statistics.median(row["peak_mb"] for row in costs[name]) / plain_mb,
             "time": min(row["step_s"] for row in costs[name]) / plain_s,
             "saved": gradients[name]["saved_mb"] / gradients["plain"]["saved_mb"],
