@@ -102,7 +102,7 @@ def train(
     finally:
         if optimizer is not None:
             optimizer.close()
-        model.set_depth(0)
+        model.tune(0)
     if prefix is not None:
         trace.prefix_read = prefix.read / max(1, prefix.read + prefix.computed)
     trace.train_s = time.perf_counter() - started

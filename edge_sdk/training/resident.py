@@ -37,7 +37,8 @@ _log = logging.getLogger(__name__)
 def resident_key(setup: Setup) -> tuple[object, ...]:
     """What another value of means loading the model again."""
     return (
-        setup.base, setup.task, setup.labels, setup.lora, setup.device, setup.base_precision, setup.base_plan,
+        setup.base, setup.task, setup.labels, setup.lora, setup.layers, setup.device,
+        setup.base_precision, setup.base_plan,
     )  # fmt: skip
 
 
@@ -155,7 +156,7 @@ class Resident:
     def recover(self) -> None:
         """After running out of memory: everything of the failed request goes; the limit stays."""
         self._limit(None)
-        self.model.set_depth(0)
+        self.model.tune(0)
         for rows in self._rows.values():
             rows.head_inputs = None
         self._settled = False

@@ -157,11 +157,11 @@ def test_loss_and_gradients_are_those_of_transformers(bench: Bench) -> None:
         lambda: resident.task.loss(model, batch),
         lambda: model.net(input_ids=ids, attention_mask=mask, labels=labels).loss,
     ):
-        model.set_depth(3)
+        model.tune(3)
         loss = compute()
         loss.backward()
         found.append((loss.item(), torch.cat([t.grad.flatten() for t in model.trained().values()])))
-    model.set_depth(0)
+    model.tune(0)
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
     assert (found[0][1] - found[1][1]).norm() / found[1][1].norm() < 1e-5
 

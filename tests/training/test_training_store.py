@@ -68,7 +68,7 @@ def _run(
     mask[: BATCH // 2, LENGTH // 2 :] = 0
     labels = torch.randint(0, 8, (BATCH,), generator=draw)
     depth = model.shape.layers if depth is None else depth
-    model.set_depth(depth)
+    model.tune(depth)
     store = ActivationStore(model.net.parameters(), generator=generator)
     bottom = model.shape.layers - depth
     with store.over(dict.fromkeys(model.layers[bottom : bottom + quantized], plan)):
@@ -187,7 +187,7 @@ def test_a_failed_forward_pass_keeps_nothing_alive(model: TunableModel) -> None:
     """Attention saves its own output: a pack hook that returned it would close a cycle through C++."""
     kept: list[bool] = []
     store = ActivationStore(model.net.parameters())
-    model.set_depth(model.shape.layers)
+    model.tune(model.shape.layers)
     ids = torch.randint(1000, 2000, (2, 32))
 
     def fail(module: Any, arguments: Any) -> None:

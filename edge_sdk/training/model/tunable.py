@@ -135,10 +135,6 @@ class TunableModel:
         found.update({key: parameter for key, parameter in dense.items() if parameter.requires_grad})
         return found
 
-    def set_depth(self, depth: int) -> list[str]:
-        """``tune`` with all slots and both factors."""
-        return self.tune(depth)
-
     def set_adapter(self, adapter: Adapter) -> None:
         """Copies every part into the model, exactly, and ends what ``tune`` began in the layers.
 
