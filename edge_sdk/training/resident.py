@@ -173,11 +173,6 @@ class Resident:
             for chosen in orders:
                 yield self.task.batch(rows, chosen, self.device)
             return
-        if not self.task.has_head:
-            raise MechanismError(
-                f"at depth 0 a head alone is trained, and {self.task.name} has none",
-                "offer a depth of 1 or more",
-            )
         # half a batch at a time: a forward pass alone, yet never near what a step takes
         features = self._head_inputs(rows, torch.from_numpy(drawn), max(1, candidate.micro_batch // 2))
         for chosen in orders:
