@@ -215,3 +215,15 @@ def test_nothing_of_the_size_of_the_input_is_kept_but_packed() -> None:
     out.backward(grad)
     with pytest.raises(RuntimeError, match="backward"):
         out.backward(grad)
+
+
+def test_queries_keys_and_values_may_be_one_tensor() -> None:
+    (q, _, _), grad = _tensors(1, 2, 2, 64, 64)
+    leaf = q.clone().requires_grad_()
+    plain, _ = room.attention(_Module(None, 1, False), leaf, leaf, leaf, None)
+    (exact,) = torch.autograd.grad(plain, leaf, grad)
+    for plan in (EXACT, LayerPlan(Form(8), "outputs")):
+        keeper = Keeper(plan, ActivationStore([]))
+        out, _ = room.attention(_Module(keeper, 1, False), leaf, leaf, leaf, None)
+        (made,) = torch.autograd.grad(out, leaf, grad)
+        assert (made - exact).norm() < 0.01 * exact.norm()

@@ -167,20 +167,25 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
         held, call = ctx.held, ctx.call
-        grads = tuple(_like_given(h, grad) for h in held)
-        by_blocks = grad.device.type == "cpu"
-        batch = held[0].shape[0]
-        step = _slab(batch, grad.device)
-        for start in range(0, batch, step):
-            stop = start + step
-            q, k, v = (h.part(start, stop).to(grad.dtype) for h in held)
-            mask = call.mask_of(start, stop)
-            slabs = tuple(g[start:stop] for g in grads)
-            given = grad[start:stop]
-            if by_blocks:
-                _by_blocks(q[0], k[0], v[0], given[0].transpose(0, 1), mask, call, *(s[0] for s in slabs))
-            else:
-                _by_kernel(q, k, v, given, mask, call, slabs)
+        by_blocks, batch = grad.device.type == "cpu", held[0].shape[0]
+        if by_blocks and batch == 1:
+            # what is unpacked is not needed once its gradient is there: one room for both
+            grads = tuple(h.own().to(grad.dtype) for h in held)
+            q, k, v = (g[0] for g in grads)
+            _by_blocks(q, k, v, grad[0].transpose(0, 1), call.mask, call, q, k, v)
+        else:
+            grads = tuple(_like_given(h, grad) for h in held)
+            step = _slab(batch, grad.device)
+            for start in range(0, batch, step):
+                stop = start + step
+                q, k, v = (h.part(start, stop).to(grad.dtype) for h in held)
+                mask, given = call.mask_of(start, stop), grad[start:stop]
+                slabs = tuple(g[start:stop] for g in grads)
+                if by_blocks:
+                    dq, dk, dv = (s[0] for s in slabs)
+                    _by_blocks(q[0], k[0], v[0], given[0].transpose(0, 1), mask, call, dq, dk, dv)
+                else:
+                    _by_kernel(q, k, v, given, mask, call, slabs)
         for h in held:
             h.release()
         return (*grads, None)
@@ -219,7 +224,10 @@ def _by_kernel(q: Any, k: Any, v: Any, grad: Any, mask: Any, call: _Call, into: 
 
 
 def _by_blocks(q: Any, k: Any, v: Any, grad: Any, mask: Any, call: _Call, dq: Any, dk: Any, dv: Any) -> None:
-    """One row of the batch: q, grad, dq (heads, queries, size); k, v, dk, dv (kv heads, keys, size)."""
+    """One row of the batch: q, grad, dq (heads, queries, size); k, v, dk, dv (kv heads, keys, size).
+
+    dq, dk and dv may be q, k and v themselves: each block is read for the last time before it is written.
+    """
     heads, queries, size = q.shape
     kv_heads, keys, _ = k.shape
     group = heads // kv_heads
@@ -246,13 +254,13 @@ def _by_blocks(q: Any, k: Any, v: Any, grad: Any, mask: Any, call: _Call, dq: An
             dS = torch._softmax_backward_data(dP, P, -1, torch.float32)
             del dP
             dqf = torch.bmm(dS, kp).mul_(call.scale)
-            dq[hs, part] = dqf.view(-1, group, part.stop - top, size).flatten(0, 1)
             if sums is None:
                 dk[kv] = torch.bmm(dS.transpose(1, 2), qf).mul_(call.scale)
                 dv[kv] = torch.bmm(P.transpose(1, 2), gf)
             else:
                 sums[0][:, :seen].baddbmm_(dS.transpose(1, 2), qf, alpha=call.scale)
                 sums[1][:, :seen].baddbmm_(P.transpose(1, 2), gf)
+            dq[hs, part] = dqf.view(-1, group, part.stop - top, size).flatten(0, 1)
         if sums is not None:
             dk[kv], dv[kv] = sums
 

@@ -23,6 +23,11 @@ class Kept:
         self._waiting = 0
         self._values: Any = None
 
+    @property
+    def shared(self) -> bool:
+        """Whether what ``values`` gives next may be seen by others, now or later."""
+        return self._values is not None or self._waiting > 1 or self._build is not None
+
     def join(self) -> None:
         self._waiting += 1
 
@@ -76,6 +81,14 @@ class Held:
         values = self._kept.values()
         self._leave()
         return values.as_strided(self.shape, self._stride, self._offset)
+
+    def own(self) -> Any:
+        """``get()``, in memory that is the caller's to write on."""
+        if self._kept is None:
+            return self._given().clone()
+        shared = self._kept.shared
+        tensor = self.get()
+        return tensor.clone() if shared else tensor
 
     def part(self, start: int, stop: int) -> Any:
         """``get()[start:stop]``, unpacking no more than that where the first axis is the outermost."""
