@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_sdk.agent import process_trainer
+from edge_sdk.device.allocators import find_allocator
 from edge_sdk.training.allocator import settle_allocator
 
 __all__ = ["emit", "measure", "say"]
@@ -25,7 +26,7 @@ def measure(module: str, what: Mapping[str, Any], *, threads: int = 0) -> Iterat
     Raises:
         RuntimeError: the process did not end well; what it said went to this process's standard error.
     """
-    environment = process_trainer._environment(offline=True)
+    environment = {**process_trainer._environment(offline=True), **find_allocator("auto").environment()}
     if threads:
         environment["OMP_NUM_THREADS"] = str(threads)
     child = subprocess.Popen(

@@ -13,6 +13,7 @@ from benchmarks.activation_memory.arms import Arm, find_arms
 from benchmarks.activation_memory.subject import Subject
 from benchmarks.models import write_base
 from benchmarks.processes import emit, say
+from edge_sdk.training.allocator import allocator_word
 from edge_sdk.training.memory import read_status
 
 
@@ -36,7 +37,7 @@ def run(wanted: dict[str, Any]) -> None:
     _draws(subject, arms, wanted["shape"], wanted["draws"])
     emit(
         what="process", shape=wanted["shape"], rest_mb=rest_mb, threads=torch.get_num_threads(),
-        device=_name(device), allocator=_allocator(),
+        device=_name(device), allocator=allocator_word(),
     )  # fmt: skip
 
 
@@ -85,13 +86,6 @@ def _error(found: dict[str, Any], exact: dict[str, Any]) -> float:
     off = sum(float((found[key] - exact[key]).square().sum()) for key in found)
     size = sum(float(exact[key].square().sum()) for key in found)
     return (off / size) ** 0.5
-
-
-def _allocator() -> str:
-    """Which allocator serves this process."""
-    maps = Path("/proc/self/maps").read_text(encoding="utf-8")
-    found = (name for name in ("mimalloc", "tcmalloc", "jemalloc") if f"lib{name}" in maps)
-    return next(found, "the C library's")
 
 
 def _name(device: Any) -> str:

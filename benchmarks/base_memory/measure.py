@@ -15,6 +15,7 @@ from benchmarks.processes import emit, say
 from edge_sdk.protocol.model import LoraShape
 from edge_sdk.protocol.spec import Candidate, TrainSpec
 from edge_sdk.training.activations import blocks as _blocks
+from edge_sdk.training.allocator import allocator_word
 from edge_sdk.training.loop import train
 from edge_sdk.training.memory import Meter
 from edge_sdk.training.model import load_model
@@ -76,6 +77,7 @@ def run(wanted: dict[str, Any]) -> None:
         load_peak_mb=round(load_mb, 1), base_mb=round(model.shape.base_bytes / 1e6, 1),
         load_s=round(load_s, 1), step_s=round(min(trace.step_s), 2), losses=trace.losses,
         computed=False, base=told(arm["base"], device), threads=torch.get_num_threads(),
+        allocator=allocator_word(),
     )  # fmt: skip
     say(f"{arm['name']} at {wanted['length']}: {meter.peak_mb():.0f} MB, step {min(trace.step_s):.1f} s")
 
