@@ -313,7 +313,7 @@ def test_a_hub_id_that_cannot_be_had_names_the_command(bench: Bench, monkeypatch
 
 
 def test_a_mechanism_that_is_not_had_is_named(bench: Bench) -> None:
-    reply = bench.train(candidate={"quantized_layers": 1, "activation_bits": 2, "codec": "int3"})
+    reply = bench.train(candidate={"quantized_layers": 1, "activation_bits": 3, "codec": "int3"})
     assert isinstance(reply, Failed) and reply.cause == "mechanism"
     assert "activation:int3, codec:int3" in reply.message
 
