@@ -13,6 +13,7 @@ import numpy as np
 from msgspec.structs import replace
 from safetensors.numpy import save_file
 
+from aggregator.methods.fedquad import METHOD as FEDQUAD
 from aggregator.server import Aggregator
 from edge_sdk.clock import ManualClock
 from edge_sdk.config.agent import DataSection
@@ -108,6 +109,7 @@ def a_fit(**changes: Any) -> Fit:
     fields: dict[str, Any] = {
         "micro_batch": 8,
         "max_length": 32,
+        "levers": FEDQUAD.levers,
         "rest_mb": 100,
         "head_mb": 10,
         "layer_mb": 10,

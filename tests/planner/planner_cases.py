@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from aggregator.methods.fedquad import METHOD as FEDQUAD
 from edge_sdk.config.run import (
     LoraSection,
     RoundsSection,
@@ -12,7 +13,7 @@ from edge_sdk.config.run import (
 )
 from edge_sdk.protocol.measure import Fit, Link, Memory, ProbePoint, Profile
 from edge_sdk.protocol.model import DensePart, Fingerprint, LoraModule, LoraShape, ModelShape
-from edge_sdk.protocol.spec import TrainSpec
+from edge_sdk.protocol.spec import Levers, TrainSpec
 from edge_sdk.protocol.wire import Run, Status
 
 DIGEST = "0" * 64
@@ -80,11 +81,13 @@ def a_fit(
     quantize: float = 0.01,
     kinds: tuple[int, ...] = (0, 1),
     micro_batch: int = 16,
+    levers: Levers = FEDQUAD.levers,
 ) -> Fit:
     """``kinds``: 0: plain layers were probed, 1: quantized ones."""
     return Fit(
         micro_batch=micro_batch,
         max_length=32,
+        levers=levers,
         rest_mb=300.0,
         head_mb=head,
         layer_mb=layer,

@@ -5,14 +5,14 @@ import msgspec
 import pytest
 from planner_cases import a_fit, a_run, a_status
 
+from aggregator.methods.fedquad import METHOD as FEDQUAD
 from aggregator.planner.costs import DeviceCosts, Work, device_costs, frontier, layer_gains
 from edge_sdk.planning.cost import peak_mb
-from edge_sdk.protocol.spec import Levers
 from edge_sdk.protocol.wire import Status
 
 
 def costs(status: Status, layers: int = 6) -> DeviceCosts:
-    return device_costs(status, Work.of(a_run(layers), steps=10, levers=Levers(), codec="int8"))
+    return device_costs(status, Work.of(a_run(layers), steps=10, levers=FEDQUAD.levers, codec="int8"))
 
 
 def test_a_depth_gets_the_fewest_quantized_layers_with_which_it_fits() -> None:

@@ -105,9 +105,9 @@ def test_a_fixed_deadline_takes_the_sweeps_place() -> None:
 
 def test_fedavg_asks_all_for_everything() -> None:
     made = plan(
-        a_status("a", fit=a_fit(), budget_mb=100),
-        a_status("b", fit=a_fit()),
-        a_status("c", fit=a_fit(pace=3)),
+        a_status("a", fit=a_fit(levers=FEDAVG.levers), budget_mb=100),
+        a_status("b", fit=a_fit(levers=FEDAVG.levers)),
+        a_status("c", fit=a_fit(pace=3, levers=FEDAVG.levers)),
         method=FEDAVG,
     )
     for device, best in {"a": False, "b": True, "c": True}.items():
