@@ -39,8 +39,8 @@ def write_peft(
 ) -> Path:
     """Writes config, weights and a model card; replaces an older folder at once. Returns ``folder``.
 
-    ``labels``: of classification. ``card``: what to tell of the run, Markdown, below the card's own lines. Raises ContainerError for an
-    adapter that is not whole.
+    ``labels``: of classification. ``card``: what to tell of the run, Markdown, below the card's own lines.
+    Raises ContainerError for an adapter that is not whole.
     """
     tensors = _tensors(adapter, shape, lora)
     folder.parent.mkdir(parents=True, exist_ok=True)
