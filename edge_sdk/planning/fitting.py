@@ -19,6 +19,9 @@ from edge_sdk.protocol.spec import Levers
 __all__ = ["fit_cost", "non_negative_least_squares"]
 
 
+_PRIOR = 0.02
+
+
 def fit_cost(
     points: Sequence[ProbePoint],
     *,
@@ -28,11 +31,16 @@ def fit_cost(
     rest_mb: float,
     threads: int = 0,
     machine: str = "",
+    prior: Fit | None = None,
 ) -> Fit:
     """The cost model of a device from what it measured; see ``Fit`` for the two formulas.
 
     A kind of setting that was not probed is not made up: without a quantized probe ``saved_mb``, ``work_mb``
     and ``quantize_s`` are 0, and ``choice.predictable`` keeps such settings from being chosen.
+
+    Args:
+        prior: what memory was counted to be. It weighs a fiftieth of a probe, and so only decides what the
+            probes leave open: three of them, under a tight limit, do not tell four coefficients apart.
 
     Raises:
         TrainerError: no point at all, or one that is not finite.
@@ -50,10 +58,14 @@ def fit_cost(
             )
     # layer_mb = kept + saved with both at least 0: quantizing a layer cannot save more than the layer holds,
     # which also keeps memory monotone in depth.
-    kept, saved, work, head = non_negative_least_squares(
-        [(p.depth, p.depth - p.quantized_layers, float(p.quantized_layers > 0), 1.0) for p in points],
-        [p.peak_mb for p in points],
-    )
+    rows = [(p.depth, p.depth - p.quantized_layers, float(p.quantized_layers > 0), 1.0) for p in points]
+    peaks = [p.peak_mb for p in points]
+    if prior is not None and any(p.quantized_layers for p in points):
+        counted = (prior.layer_mb - prior.saved_mb, prior.saved_mb, prior.work_mb, prior.head_mb)
+        for index, figure in enumerate(counted):
+            rows.append(tuple(_PRIOR * (index == column) for column in range(4)))  # type: ignore[arg-type]
+            peaks.append(_PRIOR * figure)
+    kept, saved, work, head = non_negative_least_squares(rows, peaks)
     layer_s, forward_s, quantize_s = non_negative_least_squares(
         [(p.depth, 1.0, p.quantized_layers) for p in points], [p.step_s for p in points]
     )

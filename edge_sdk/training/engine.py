@@ -37,7 +37,7 @@ from edge_sdk.protocol.trainer import (
 from edge_sdk.training.allocator import allocator_word
 from edge_sdk.training.failures import InterruptError, failed
 from edge_sdk.training.lean import keep_lean
-from edge_sdk.training.words import mechanisms_of, refuse_missing
+from edge_sdk.training.words import mechanisms_of, refuse_missing, refuse_missing_levers
 
 if TYPE_CHECKING:
     from edge_sdk.training.memory import Meter
@@ -181,6 +181,7 @@ class Engine:
         )
 
     def _probe(self, request: Probe) -> Probed:
+        refuse_missing_levers(request.levers)
         resident = self._ready(request.id, request.setup)
         from edge_sdk.training.probing import probe
 

@@ -44,7 +44,7 @@ def probe(
     before = resident.model.adapter()
     points: list[ProbePoint] = []
     growth = resident.growth_mb()
-    prior = counted_fit(resident.model.shape, setup)
+    prior = counted_fit(resident.model.shape, setup, levers)
     try:
         for stage in range(MAX_SETTINGS):
             setting = _setting(stage, points, resident.model.shape.layers, growth, prior)
@@ -70,10 +70,10 @@ def probe(
             "raise limits.memory_mb, or lower training.batch or training.max_length in run.toml",
         )
     report(MAX_SETTINGS + 1, MAX_SETTINGS + 1)
-    return _fit(points, setup, levers, resident)
+    return _fit(points, setup, levers, resident, prior)
 
 
-def _fit(points: list[ProbePoint], setup: Setup, levers: Levers, resident: Resident) -> Fit:
+def _fit(points: list[ProbePoint], setup: Setup, levers: Levers, resident: Resident, prior: Fit) -> Fit:
     return fit_cost(
         points,
         micro_batch=setup.micro_batch,
@@ -82,23 +82,32 @@ def _fit(points: list[ProbePoint], setup: Setup, levers: Levers, resident: Resid
         rest_mb=resident.rest_mb,
         threads=resident.threads(setup),
         machine=resident.machine(setup),
+        prior=prior,
     )
 
 
-def counted_fit(shape: ModelShape, setup: Setup) -> Fit:
-    """Memory by counting, before anything was measured: fp32, fused attention, LoRA on all linears.
+def counted_fit(shape: ModelShape, setup: Setup, levers: Levers) -> Fit:
+    """Memory by counting, before anything was measured: fp32, LoRA on all linears.
 
-    Per layer 8 batch · length · hidden values and two of the inner width are saved; all but four (the
-    attention's own) are packed to 8 bits and a quarter of scales. LoRA's values come with their gradient
-    and two moments. A forward pass takes a handful of such tensors besides.
+    Of a layer autograd saves 8 batch · length · hidden values, and two for each of the feed-forward's inner
+    ones; with its outputs made again 5 and one, without inner values 5, of a layer that runs again its input.
+    LoRA's values come with their gradient and two moments. A pass takes a handful of such tensors besides.
     """
     unit = setup.micro_batch * setup.max_length * shape.hidden * 4 / 1e6
-    inner = 2 * unit * shape.intermediate / shape.hidden
+    ups = sum(m.outputs == shape.intermediate for m in shape.modules) or 1
+    inner = ups * unit * shape.intermediate / shape.hidden
+    kept = {
+        "none": 8 * unit + 2 * inner,
+        "outputs": 5 * unit + inner,
+        "inner": 5 * unit,
+        "layer": unit,
+    }[levers.recompute]
+    packed = (1.25 * levers.activation_bits + (levers.activation_bits == 2) * 0.5) / 32
     return Fit(
-        micro_batch=setup.micro_batch, max_length=setup.max_length, rest_mb=0.0,
+        micro_batch=setup.micro_batch, max_length=setup.max_length, levers=levers, rest_mb=0.0,
         head_mb=4 * unit + 2 * inner,
-        layer_mb=8 * unit + inner + 12 * shape.lora_values(setup.lora.rank) / 1e6,
-        saved_mb=0.69 * (4 * unit + inner), work_mb=inner,
+        layer_mb=kept + 12 * shape.lora_values(setup.lora.rank) / 1e6,
+        saved_mb=(1 - packed) * kept, work_mb=inner,
         forward_s=0.0, layer_s=0.0, quantize_s=0.0, probes=(),
     )  # fmt: skip
 

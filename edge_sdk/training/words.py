@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from importlib.util import find_spec
 
+from msgspec import structs
+
 from edge_sdk.errors import MechanismError
 from edge_sdk.protocol.container import CODEC_FORMS
-from edge_sdk.protocol.spec import Candidate, TrainSpec
+from edge_sdk.protocol.spec import Candidate, Levers, TrainSpec
 
-__all__ = ["MECHANISMS", "mechanisms_of", "refuse_missing"]
+__all__ = ["MECHANISMS", "mechanisms_of", "refuse_missing", "refuse_missing_levers"]
 
 MECHANISMS: tuple[str, ...] = (
     "activation:int2",
@@ -72,3 +74,8 @@ def refuse_missing(spec: TrainSpec, candidate: Candidate | None = None, base_pre
             f"this trainer has no mechanism {', '.join(missing)}",
             "update edge-sdk on the device, or choose another method in run.toml",
         )
+
+
+def refuse_missing_levers(levers: Levers) -> None:
+    """Likewise for the levers of a probe."""
+    refuse_missing(TrainSpec(), Candidate(id="probe", depth=1, quantized_layers=1, **structs.asdict(levers)))

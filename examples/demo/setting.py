@@ -70,7 +70,7 @@ def swapped(devices: tuple[Device, ...]) -> tuple[Device, ...]:
 class Shape:
     """Rounds and steps, and what else run.toml says."""
 
-    rounds: int = 7
+    rounds: int = 9
     steps: int = 25
     batch: int = 16
     max_length: int = 32

@@ -6,6 +6,9 @@ import statistics
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import msgspec
+
+from edge_sdk.config.agent import LimitsSection
 from edge_sdk.planning.cost import update_bytes
 from edge_sdk.protocol.model import LoraShape, ModelShape
 from examples.demo.control import HeadOnly
@@ -52,6 +55,9 @@ def summarise(
     }
 
 
+_UNLIMITED = msgspec.to_builtins(LimitsSection())
+
+
 def _device(
     told: DeviceStory, status: Mapping[str, Any], shape: ModelShape, lora: LoraShape
 ) -> dict[str, Any]:
@@ -60,7 +66,7 @@ def _device(
         "id": device.id,
         "device_class": device.device_class,
         "emulated": True,
-        "limits": {key: value for key, value in status["limits"].items() if value is not None},
+        "limits": {key: value for key, value in status["limits"].items() if value != _UNLIMITED[key]},
         "layers": shape.layers,
         "depth": last["depth"],
         "quantized_layers": last["quantized_layers"],

@@ -1,8 +1,9 @@
 import math
 import random
 
+import msgspec
 import pytest
-from planning_cases import fit, truth
+from planning_cases import ALL_KINDS, fit, truth
 
 from edge_sdk.errors import TrainerError
 from edge_sdk.planning.cost import peak_mb, step_s
@@ -91,6 +92,18 @@ def test_the_solution_is_the_optimum() -> None:
 def test_nothing_measured_is_an_error_with_a_way_out() -> None:
     with pytest.raises(TrainerError, match=r"no setting could be measured.*limits\.memory_mb"):
         fit_cost([], micro_batch=16, max_length=32, rest_mb=100)
+
+
+def test_what_few_probes_leave_open_is_decided_by_counting() -> None:
+    points = [truth(1, 1), truth(1, 0), truth(3, 3)]
+    counted = fit_cost([truth(d, a) for d, a in ALL_KINDS], micro_batch=16, max_length=32, rest_mb=100)
+    found = fit_cost(points, micro_batch=16, max_length=32, rest_mb=100, prior=counted)
+    assert (found.layer_mb, found.saved_mb) == pytest.approx((counted.layer_mb, counted.saved_mb), rel=1e-3)
+    far = msgspec.structs.replace(counted, layer_mb=5 * counted.layer_mb, head_mb=0.0)
+    held = fit_cost(
+        [truth(d, a) for d, a in ALL_KINDS], micro_batch=16, max_length=32, rest_mb=100, prior=far
+    )
+    assert held.layer_mb == pytest.approx(counted.layer_mb, rel=0.05)  # what was measured weighs more
 
 
 def test_a_probe_that_is_not_finite_is_named() -> None:
