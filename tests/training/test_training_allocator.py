@@ -35,11 +35,14 @@ print("free", len(bytearray(64 << 20)) >> 20)
 """
 
 
+PACKAGES = {"tcmalloc": "libtcmalloc-minimal4", "jemalloc": "libjemalloc2", "mimalloc": "libmimalloc2.0"}
+
+
 def _there(name: str) -> Allocator:
     try:
         return find_allocator(name)
     except ConfigError:
-        pytest.skip(f"{name} is not installed")
+        pytest.skip(f"needs Debian's {PACKAGES[name]}, installed or on LD_LIBRARY_PATH")
 
 
 def _run(environment: dict[str, str]) -> list[str]:
