@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -178,6 +179,8 @@ class _Demo:
         return done.stdout
 
     def _show(self, line: str | None) -> None:
+        if _ended.is_set():
+            raise KeyboardInterrupt
         if line is not None:
             self.say(line)
 
@@ -189,7 +192,11 @@ def _version(package: str) -> str:
         return "of unknown version"
 
 
-def _terminated(_number: int, _frame: FrameType | None) -> None:
+_ended = threading.Event()
+
+
+def _end(_number: int, _frame: FrameType | None) -> None:
+    _ended.set()  # what is raised while a generator or an object is finalized is lost: looked for again
     raise KeyboardInterrupt
 
 
@@ -211,7 +218,8 @@ def demo(
     def say(line: str) -> None:
         typer.echo(line, err=as_json)
 
-    signal.signal(signal.SIGTERM, _terminated)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _end)
     devices = swapped(DEVICES) if swap_limits else DEVICES
     shape = replace(Shape(), rounds=rounds, steps=steps, method=method)
     try:

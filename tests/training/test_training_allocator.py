@@ -25,10 +25,10 @@ print(allocator_kind(), "|", allocator_word(), "|", os.environ.get("LD_PRELOAD")
 print("capped", cap_heap(20.0))
 blocks = []
 try:
-    for _ in range(40):
-        blocks.append(bytearray(1 << 20))
+    for _ in range(640):
+        blocks.append(bytearray(1 << 16))
 except MemoryError:
-    print("held", len(blocks))
+    print("held", len(blocks) >> 4)
 blocks.clear()
 cap_heap(None)
 print("free", len(bytearray(64 << 20)) >> 20)
