@@ -43,11 +43,11 @@ class Allocator:
 
 _GLIBC = "glibc"
 _FILES: Mapping[str, tuple[str, ...]] = {
-    "tcmalloc": ("libtcmalloc_minimal.so.4",),
     "mimalloc": ("libmimalloc.so.3", "libmimalloc.so.2"),
+    "tcmalloc": ("libtcmalloc_minimal.so.4",),
     "jemalloc": ("libjemalloc.so.2",),
 }
-"""The order is that of preference: the benchmark's."""
+"""The order is that of preference: by step time, and by how well peaks of mixed plans are foretold."""
 _OPTIONS: Mapping[str, Mapping[str, str]] = {
     "tcmalloc": {
         # Its warnings of large blocks would fill the trainer's log.

@@ -32,6 +32,9 @@ batch 16, length 32, every layer tuned, above rest: 84 MB plain, 50 packed; left
 
 _MB = 1e6
 
+_TCMALLOC_BOOKS = 8 << 20
+"""tcmalloc takes room for its own bookkeeping in pieces of so much; its limit counts the first one too."""
+
 
 class _DlInfo(ctypes.Structure):
     _fields_ = (
@@ -138,7 +141,8 @@ def _tcmalloc_held() -> int:
         _process().MallocExtension_GetNumericProperty(name, ctypes.byref(number))
         return number.value
 
-    return value(b"generic.heap_size") - value(b"tcmalloc.pageheap_unmapped_bytes")
+    held = value(b"generic.heap_size") - value(b"tcmalloc.pageheap_unmapped_bytes")
+    return held + _TCMALLOC_BOOKS
 
 
 def _process() -> Any:

@@ -28,9 +28,9 @@ def test_the_best_there_is_comes_first(tmp_path: Path) -> None:
     assert find_allocator(folders=[tmp_path]) == Allocator("glibc")
     for name, kind in (
         ("libjemalloc.so.2", "jemalloc"),
+        ("libtcmalloc_minimal.so.4", "tcmalloc"),
         ("libmimalloc.so.2", "mimalloc"),
         ("libmimalloc.so.3", "mimalloc"),
-        ("libtcmalloc_minimal.so.4", "tcmalloc"),
     ):
         path = _library(tmp_path, name)
         found = find_allocator(folders=[tmp_path])
