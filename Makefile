@@ -31,7 +31,7 @@ $(VENV)/.installed: $(BIN)/python $(INPUTS)
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	@$(PIP) install --quiet -c constraints.txt -e '.[train,server,demo,dev]'
+	@$(PIP) install --quiet -c constraints.txt -e '.[train,bnb,server,demo,dev]'
 	@touch $@
 
 install: $(VENV)/.installed
