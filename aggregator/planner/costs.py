@@ -6,11 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from edge_sdk.planning.choice import fits_memory, predictable
+from edge_sdk.planning.choice import fits_memory, unpredictable
 from edge_sdk.planning.cost import peak_mb, round_time, update_bytes, version_bytes
 from edge_sdk.protocol.measure import Fit
 from edge_sdk.protocol.model import LoraShape, ModelShape
-from edge_sdk.protocol.spec import Levers
+from edge_sdk.protocol.spec import Levers, Setting
 from edge_sdk.protocol.wire import Run, Status
 
 __all__ = ["DeviceCosts", "Pair", "Situation", "Work", "device_costs", "frontier", "layer_gains"]
@@ -33,12 +33,13 @@ class Work:
     codec: str
     accumulation: int = 1
     factors: str = "AB"
+    optimizer: str = "adamw"
 
     @classmethod
     def of(cls, run: Run, *, steps: int, levers: Levers, codec: str, accumulation: int = 1) -> Work:
         return cls(
             run.shape, run.lora, run.micro_batch, run.max_length, steps, levers, codec, accumulation,
-            run.spec.factors,
+            run.spec.factors, run.spec.optimizer,
         )  # fmt: skip
 
 
@@ -78,19 +79,28 @@ class DeviceCosts:
         """Whether the device can run the pair and its fit can tell what it costs."""
         if quantized and not self.may_quantize:
             return False
-        return predictable(
-            self.fit,
-            depth,
-            quantized,
-            micro_batch=self.work.micro_batch,
-            max_length=self.work.max_length,
-            levers=self.work.levers,
+        work = self.work
+        return not unpredictable(self.fit, work.shape, work.lora, self.setting(depth, quantized))
+
+    def setting(self, depth: int, quantized: int) -> Setting:
+        work = self.work
+        return Setting(
+            depth=depth,
+            quantized_layers=quantized,
+            levers=work.levers,
+            micro_batch=work.micro_batch,
+            max_length=work.max_length,
+            factors=work.factors,
+            optimizer=work.optimizer,
+            base_precision=self.base_precision,
         )
 
+    def peak_mb(self, depth: int, quantized: int) -> float:
+        """Predicted memory above rest, of a pair that is known."""
+        return peak_mb(self.fit, self.work.shape, self.work.lora, self.setting(depth, quantized))
+
     def fits(self, depth: int, quantized: int) -> bool:
-        return self.knows(depth, quantized) and fits_memory(
-            peak_mb(self.fit, depth, quantized), self.budget_mb
-        )
+        return self.knows(depth, quantized) and fits_memory(self.peak_mb(depth, quantized), self.budget_mb)
 
     def least_quantized(self, depth: int) -> int | None:
         """a_min(d): the fewest quantized layers with which the depth fits; None: it does not fit."""
@@ -107,15 +117,16 @@ class DeviceCosts:
         bytes_down = version_bytes(work.shape, work.lora)
         time = round_time(
             self.fit,
-            depth,
-            quantized,
+            work.shape,
+            work.lora,
+            self.setting(depth, quantized),
             steps=work.steps * work.accumulation,
             bytes_up=bytes_up,
             bytes_down=bytes_down,
             up_bps=self.up_bps,
             down_bps=self.down_bps,
         )
-        return Pair(depth, quantized, peak_mb(self.fit, depth, quantized), time.total_s, bytes_up, bytes_down)
+        return Pair(depth, quantized, self.peak_mb(depth, quantized), time.total_s, bytes_up, bytes_down)
 
 
 def device_costs(status: Status, work: Work) -> DeviceCosts:

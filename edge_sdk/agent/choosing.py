@@ -30,8 +30,7 @@ def first_choice(context: Context, joining: Joining, row: RoundRow, now: float) 
         return decline_of(context, row, "mechanism", f"this device lacks {', '.join(sorted(missing))}")
     found = choose(
         candidates, fit=fit, budgets=_budgets(context, row, fit, described, now),
-        shape=run.shape, lora=run.lora, down_bytes=_missing_bytes(context, offer),
-        factors=offer.spec.factors,
+        shape=run.shape, lora=run.lora, spec=offer.spec, down_bytes=_missing_bytes(context, offer),
     )  # fmt: skip
     if isinstance(found, Infeasible):
         return decline_of(context, row, found.reason, found.message)
@@ -50,7 +49,7 @@ def smaller_choice(
     found = step_down(
         [one for one in row.offer.candidates if one.needs() <= known], failed.candidate, fit=fit,
         budgets=_budgets(context, row, fit, described, now), shape=run.shape, lora=run.lora,
-        down_bytes=_missing_bytes(context, row.offer), factors=row.offer.spec.factors,
+        spec=row.offer.spec, down_bytes=_missing_bytes(context, row.offer),
     )  # fmt: skip
     if found is None:
         return decline_of(context, row, "memory", f"out of memory with the smallest candidate: {message}")
@@ -73,7 +72,7 @@ def training_setup(context: Context, joining: Joining, run: Run, spec: TrainSpec
         return replace(setup, prefix_mb=0.0)
     if setup.prefix_place != "memory" or joining.described.device != "cpu":
         return setup
-    kept = one.peak_mb - peak_mb(joining.fit, one.depth, one.quantized_layers)
+    kept = one.peak_mb - peak_mb(joining.fit, run.shape, run.lora, one.setting(spec))
     return replace(setup, prefix_mb=kept + 1e-6 if kept > 1e-6 else 0.0)  # a byte, for what sums round off
 
 

@@ -1,6 +1,6 @@
 """The device's choice: the candidate of the best gain that meets its budgets, and which budget binds.
 
-The planner uses the same rules (``fits_memory``, ``predictable``), so that what it recommends is what a
+The planner uses the same rules (``fits_memory``, ``unpredictable``), so that what it recommends is what a
 device chooses while the two measure the same.
 """
 
@@ -22,7 +22,7 @@ from edge_sdk.planning.cost import (
 )
 from edge_sdk.protocol.measure import Budget, Fit
 from edge_sdk.protocol.model import LoraShape, ModelShape
-from edge_sdk.protocol.spec import Candidate, Levers
+from edge_sdk.protocol.spec import Candidate, Setting, TrainSpec
 
 __all__ = [
     "MEMORY_SAFETY",
@@ -34,8 +34,8 @@ __all__ = [
     "choose",
     "fits_memory",
     "predict",
-    "predictable",
     "step_down",
+    "unpredictable",
 ]
 
 MEMORY_SAFETY = 0.9
@@ -124,21 +124,25 @@ def fits_memory(peak: float, budget_mb: float) -> bool:
     return peak <= MEMORY_SAFETY * budget_mb
 
 
-def predictable(
-    fit: Fit, depth: int, quantized: int, *, micro_batch: int, max_length: int, levers: Levers
-) -> bool:
-    """Whether the fit's probes say anything about a setting: they were made with the same levers.
+def unpredictable(fit: Fit, shape: ModelShape, lora: LoraShape, setting: Setting) -> str:  # noqa: ARG001
+    """Why the fit says nothing about a setting; empty where it does: its probes had the same levers.
 
     Plain layers need a plain probe, quantized layers a quantized one of the same bits, a mix of both needs
     both: a fit made of quantized probes alone cannot tell what a plain layer costs, nor the other way round.
     """
-    if (fit.micro_batch, fit.max_length) != (micro_batch, max_length):
-        return False
+    quantized, levers = setting.quantized_layers, setting.levers
+    if (fit.micro_batch, fit.max_length) != (setting.micro_batch, setting.max_length):
+        return (
+            f"the probes are of batch {fit.micro_batch} and length {fit.max_length}, "
+            f"not {setting.micro_batch} and {setting.max_length}"
+        )
     if fit.levers.recompute != levers.recompute or (quantized and fit.levers != levers):
-        return False
-    plain = any(p.quantized_layers == 0 for p in fit.probes)
-    packed = any(p.quantized_layers > 0 for p in fit.probes)
-    return (plain or quantized >= depth > 0) and (packed or not quantized)
+        return f"the probes are of {fit.levers}, not {levers}"
+    if quantized < setting.depth and not any(p.quantized_layers == 0 for p in fit.probes):
+        return "plain layers did not fit when this device was probed"
+    if quantized and not any(p.quantized_layers > 0 for p in fit.probes):
+        return "quantized layers were not probed"
+    return ""
 
 
 def predict(
@@ -148,23 +152,24 @@ def predict(
     budgets: Budgets,
     shape: ModelShape,
     lora: LoraShape,
+    spec: TrainSpec,
     down_bytes: int,
-    factors: str = "AB",
 ) -> tuple[Candidate, RoundTime]:
     """The candidate with this device's own peak, seconds and bytes in it, and its seconds apart."""
-    bytes_up = update_bytes(shape, lora, candidate.depth, candidate.codec, factors)
-    peak = peak_mb(fit, candidate.depth, candidate.quantized_layers)
+    setting = candidate.setting(spec)
+    bytes_up = update_bytes(shape, lora, candidate.depth, candidate.codec, spec.factors)
+    peak = peak_mb(fit, shape, lora, setting)
     read, kept_mb = _prefix(candidate, shape, budgets, peak)
     time = round_time(
         fit,
-        candidate.depth,
-        candidate.quantized_layers,
+        shape,
+        lora,
+        setting,
         steps=candidate.steps * candidate.accumulation,
         bytes_up=bytes_up,
         bytes_down=down_bytes,
         up_bps=budgets.up_bps,
         down_bps=budgets.down_bps,
-        layers=shape.layers,
         prefix_read=read,
     )
     own = msgspec.structs.replace(
@@ -197,21 +202,21 @@ def choose(
     budgets: Budgets,
     shape: ModelShape,
     lora: LoraShape,
+    spec: TrainSpec,
     down_bytes: int,
-    factors: str = "AB",
 ) -> Chosen | Infeasible:
     """Best gain first, then the fewest seconds, then the id, among those that meet every budget.
 
+    ``spec``: the round's; of it count what is trained of each LoRA pair, and so sent, and the optimizer.
     ``down_bytes``: what the device has to fetch before it can train; the same for all candidates.
-    ``factors``: what is trained of each LoRA pair, and so sent.
 
     The binding budget is the one whose relaxation alone admits a better candidate, the best one first; if no
     budget alone does, the most exceeded one of the next better candidate. The plain form of a candidate with
     quantized layers counts as a better one, though an offer need not hold it: it is what more memory admits.
     """
-    options = _options(candidates, fit, budgets, shape, lora, down_bytes, factors)
+    options = _options(candidates, fit, budgets, shape, lora, spec, down_bytes)
     if not options:
-        return _unpredictable(candidates, fit)
+        return _unpredictable(candidates, fit, shape, lora, spec)
     fitting = [o for o in options if not o.exceeds]
     if not fitting:
         return _late(options, budgets) or _infeasible(options, budgets)
@@ -221,7 +226,7 @@ def choose(
         for o in options
         if o.candidate.quantized_layers
     ]
-    options += _options(plain, fit, budgets, shape, lora, down_bytes, factors)
+    options += _options(plain, fit, budgets, shape, lora, spec, down_bytes)
     binding, because = _binding([o for o in options if o.rank < best.rank and o.exceeds])
     return Chosen(best.candidate, binding, best.time, _explain(because, budgets) if because else "")
 
@@ -234,18 +239,18 @@ def step_down(
     budgets: Budgets,
     shape: ModelShape,
     lora: LoraShape,
+    spec: TrainSpec,
     down_bytes: int,
-    factors: str = "AB",
 ) -> Chosen | None:
     """What to try after ``failed`` ran out of memory: the best that is predicted to need at least
     ``STEP_DOWN_MARGIN`` less, and meets the budgets; None when there is none. No hidden states are kept in
     memory then."""
     if budgets.prefix is not None and budgets.prefix.in_memory:
         budgets = replace(budgets, prefix=None)
-    ceiling = (1.0 - STEP_DOWN_MARGIN) * peak_mb(fit, failed.depth, failed.quantized_layers)
+    ceiling = (1.0 - STEP_DOWN_MARGIN) * peak_mb(fit, shape, lora, failed.setting(spec))
     smaller = [
         o
-        for o in _options(candidates, fit, budgets, shape, lora, down_bytes, factors)
+        for o in _options(candidates, fit, budgets, shape, lora, spec, down_bytes)
         if not o.exceeds and o.candidate.peak_mb <= ceiling
     ]
     if not smaller:
@@ -260,23 +265,15 @@ def _options(
     budgets: Budgets,
     shape: ModelShape,
     lora: LoraShape,
+    spec: TrainSpec,
     down_bytes: int,
-    factors: str,
 ) -> list[_Option]:
     options = []
     for candidate in candidates:
-        if not predictable(
-            fit,
-            candidate.depth,
-            candidate.quantized_layers,
-            micro_batch=candidate.micro_batch,
-            max_length=candidate.max_length,
-            levers=candidate.levers,
-        ):
+        if unpredictable(fit, shape, lora, candidate.setting(spec)):
             continue
         own, time = predict(
-            candidate, fit=fit, budgets=budgets, shape=shape, lora=lora, down_bytes=down_bytes,
-            factors=factors,
+            candidate, fit=fit, budgets=budgets, shape=shape, lora=lora, spec=spec, down_bytes=down_bytes
         )  # fmt: skip
         options.append(
             _Option(
@@ -348,16 +345,9 @@ def _infeasible(options: Sequence[_Option], budgets: Budgets) -> Infeasible:
     return Infeasible("memory", "even " + _explain(min(options, key=lambda o: o.candidate.peak_mb), budgets))
 
 
-def _unpredictable(candidates: Sequence[Candidate], fit: Fit) -> Infeasible:
-    asked = sorted({(c.micro_batch, c.max_length) for c in candidates})
-    plain = any(p.quantized_layers == 0 for p in fit.probes)
-    if asked == [(fit.micro_batch, fit.max_length)] and not plain:
-        return Infeasible(
-            "memory", "plain layers did not fit when this device was probed, and nothing else is offered"
-        )
-    return Infeasible(
-        "trainer",
-        f"the probes of this device (batch {fit.micro_batch}, length {fit.max_length}, "
-        f"{len(fit.probes)} settings) say nothing about the candidates offered "
-        f"(batch and length {', '.join(f'{b} x {n}' for b, n in asked)})",
-    )
+def _unpredictable(
+    candidates: Sequence[Candidate], fit: Fit, shape: ModelShape, lora: LoraShape, spec: TrainSpec
+) -> Infeasible:
+    reasons = {unpredictable(fit, shape, lora, one.setting(spec)) for one in candidates}
+    told = f"this device's fit says nothing about the candidates offered: {'; '.join(sorted(reasons))}"
+    return Infeasible("memory" if all("did not fit" in one for one in reasons) else "trainer", told)

@@ -15,6 +15,7 @@ from edge_sdk.errors import MechanismError
 from edge_sdk.protocol.container import CODEC_FORMS, METADATA_KEY, CodecForm, ContainerHeader, Part
 from edge_sdk.protocol.measure import Fit
 from edge_sdk.protocol.model import LoraShape, ModelShape
+from edge_sdk.protocol.spec import Setting
 
 __all__ = [
     "PREFIX_GROUP",
@@ -33,22 +34,33 @@ PREFIX_GROUP = 64
 """Values of a kept hidden state that share a scale and an offset at 8 bits."""
 
 
-def peak_mb(fit: Fit, depth: int, quantized: int) -> float:
+def peak_mb(fit: Fit, shape: ModelShape, lora: LoraShape, setting: Setting) -> float:  # noqa: ARG001
     """Highest memory of a round above the resting trainer, MB."""
-    peak = fit.head_mb + depth * fit.layer_mb
-    if quantized:
-        peak += fit.work_mb - quantized * fit.saved_mb
+    peak = fit.head_mb + setting.depth * fit.layer_mb
+    if setting.quantized_layers:
+        peak += fit.work_mb - setting.quantized_layers * fit.saved_mb
     return peak
 
 
-def step_s(fit: Fit, depth: int, quantized: int, *, layers: int = 0, prefix_read: float = 0.0) -> float:
-    """Seconds of one step of ``fit.micro_batch`` rows.
+def step_s(
+    fit: Fit,
+    shape: ModelShape,
+    lora: LoraShape,  # noqa: ARG001
+    setting: Setting,
+    *,
+    prefix_read: float = 0.0,
+) -> float:
+    """Seconds of one step of ``setting.micro_batch`` rows.
 
-    ``prefix_read``: share of row visits whose frozen layers, ``layers - depth`` of ``layers``, are read
-    rather than computed, on the average of a round (``prefix_share``). That part of the forward pass goes.
+    ``prefix_read``: share of row visits whose frozen layers, those below the tuned ones, are read rather
+    than computed, on the average of a round (``prefix_share``). That part of the forward pass goes.
     """
-    spared = prefix_read * (layers - depth) / layers if prefix_read and layers else 0.0
-    return (1.0 - spared) * fit.forward_s + depth * fit.layer_s + quantized * fit.quantize_s
+    spared = prefix_read * (shape.layers - setting.depth) / shape.layers
+    return (
+        (1.0 - spared) * fit.forward_s
+        + setting.depth * fit.layer_s
+        + setting.quantized_layers * fit.quantize_s
+    )
 
 
 def prefix_share(rows: int, visits: int, kept: int) -> float:
@@ -103,20 +115,20 @@ def link_s(size: int, bps: float | None) -> float:
 
 def round_time(
     fit: Fit,
-    depth: int,
-    quantized: int,
+    shape: ModelShape,
+    lora: LoraShape,
+    setting: Setting,
     *,
     steps: int,
     bytes_up: int,
     bytes_down: int,
     up_bps: float | None,
     down_bps: float | None,
-    layers: int = 0,
     prefix_read: float = 0.0,
 ) -> RoundTime:
     """Time of a round of ``steps`` steps (accumulated ones counted one by one); see ``step_s``."""
     return RoundTime(
-        train_s=steps * step_s(fit, depth, quantized, layers=layers, prefix_read=prefix_read),
+        train_s=steps * step_s(fit, shape, lora, setting, prefix_read=prefix_read),
         up_s=link_s(bytes_up, up_bps),
         down_s=link_s(bytes_down, down_bps),
     )

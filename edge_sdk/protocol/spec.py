@@ -13,7 +13,7 @@ import msgspec
 
 from edge_sdk.protocol.base import Fraction, Name, NotNegative, Positive, Record
 
-__all__ = ["Candidate", "Levers", "TrainSpec", "Word"]
+__all__ = ["Candidate", "Levers", "Setting", "TrainSpec", "Word"]
 
 Word = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_.-]{1,32}\Z")]
 """Name of one implementation of a mechanism."""
@@ -30,6 +30,23 @@ class Levers(Record, frozen=True, kw_only=True):
     activation_bits: Positive = 8
     activation_rounding: Word = "nearest"
     recompute: Word = "none"
+
+
+class Setting(Record, frozen=True, kw_only=True):
+    """All that decides how much memory and time a training step takes, besides the model and the device.
+
+    Not how many steps there are: accumulated ones run one after the other. ``base_precision`` is what the
+    device holds its base in, which its fit was measured with.
+    """
+
+    depth: NotNegative
+    quantized_layers: NotNegative = 0
+    levers: Levers = Levers()
+    micro_batch: Positive = 16
+    max_length: Positive = 128
+    factors: Word = "AB"
+    optimizer: Word = "adamw"
+    base_precision: Word = "fp32"
 
 
 class Candidate(Record, frozen=True, kw_only=True):
@@ -67,6 +84,19 @@ class Candidate(Record, frozen=True, kw_only=True):
             activation_bits=self.activation_bits,
             activation_rounding=self.activation_rounding,
             recompute=self.recompute,
+        )
+
+    def setting(self, spec: TrainSpec) -> Setting:
+        """What decides its memory and step time, with what the round says of all its candidates."""
+        return Setting(
+            depth=self.depth,
+            quantized_layers=self.quantized_layers,
+            levers=self.levers,
+            micro_batch=self.micro_batch,
+            max_length=self.max_length,
+            factors=spec.factors,
+            optimizer=spec.optimizer,
+            base_precision=self.base_precision,
         )
 
     def needs(self) -> frozenset[str]:

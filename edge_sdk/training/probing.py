@@ -11,7 +11,6 @@ from collections.abc import Callable
 
 from msgspec.structs import replace
 
-from edge_sdk.planning.cost import peak_mb
 from edge_sdk.planning.fitting import fit_cost
 from edge_sdk.protocol.measure import Fit, ProbePoint
 from edge_sdk.protocol.model import ModelShape
@@ -143,12 +142,17 @@ def _fits(setting: tuple[int, int], points: list[ProbePoint], growth: float | No
     """Whether it stays below the limit by counting on from the deepest point measured, of its kind if any."""
     if growth is None:
         return True
-    counted = peak_mb(prior, *setting)
+    counted = _counted(prior, *setting)
     alike = [p for p in points if (p.quantized_layers > 0) == (setting[1] > 0)] or points
     if alike:
         anchor = max(alike, key=lambda p: p.depth)
-        counted += anchor.peak_mb - peak_mb(prior, anchor.depth, anchor.quantized_layers)
+        counted += anchor.peak_mb - _counted(prior, anchor.depth, anchor.quantized_layers)
     return counted <= _MARGIN * growth
+
+
+def _counted(prior: Fit, depth: int, quantized: int) -> float:
+    saved = prior.work_mb - quantized * prior.saved_mb if quantized else 0.0
+    return prior.head_mb + depth * prior.layer_mb + saved
 
 
 def _measure(

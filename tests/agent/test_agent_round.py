@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from agent_fakes import FIT, PRINT, FakeBase, World, a_candidate, a_run, answer, version_object
+from agent_fakes import FIT, LORA, PRINT, SHAPE, FakeBase, World, a_candidate, a_run, answer, version_object
 from msgspec.structs import replace
 
 from edge_sdk.agent.inbox import ExportRequest, GateChanged, Pause, Resume
@@ -92,7 +92,7 @@ def test_the_trainer_may_keep_what_the_choice_reckoned_with(
     world.aggregator.offer(candidates=(a_candidate(2, steps=100),))
     world.settle()
     (choice,) = world.aggregator.got(Choice)
-    plain = peak_mb(FIT, 2, 0)
+    plain = peak_mb(FIT, SHAPE, LORA, a_candidate(2).setting(TrainSpec()))
     assert choice.candidate.peak_mb == pytest.approx(plain + (0.1024 if place == "memory" else 0))
     setup = world.trainer.trained[0].setup
     assert setup.prefix_place == place and setup.prefix_mb == pytest.approx(given_mb, abs=2e-6)

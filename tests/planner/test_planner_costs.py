@@ -7,7 +7,6 @@ from planner_cases import a_fit, a_run, a_status
 
 from aggregator.methods.fedquad import METHOD as FEDQUAD
 from aggregator.planner.costs import DeviceCosts, Work, device_costs, frontier, layer_gains
-from edge_sdk.planning.cost import peak_mb
 from edge_sdk.protocol.wire import Status
 
 
@@ -69,8 +68,8 @@ def test_frontiers_are_feasible_minimal_and_strictly_growing() -> None:
         )
         pairs = frontier(device)
         for pair in pairs:
-            assert pair.peak_mb == peak_mb(fit, pair.depth, pair.quantized) <= 0.9 * budget
-            assert all(peak_mb(fit, pair.depth, a) > 0.9 * budget for a in range(pair.quantized))
+            assert pair.peak_mb == device.peak_mb(pair.depth, pair.quantized) <= 0.9 * budget
+            assert all(device.peak_mb(pair.depth, a) > 0.9 * budget for a in range(pair.quantized))
         for low, high in pairwise(pairs):
             assert low.depth < high.depth
             assert low.seconds < high.seconds

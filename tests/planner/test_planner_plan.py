@@ -163,6 +163,7 @@ def test_offers_are_small_and_what_is_recommended_is_what_a_device_takes(method:
                 ),
                 shape=run.shape,
                 lora=run.lora,
+                spec=run.spec,
                 down_bytes=best.bytes_down,
             )
             assert isinstance(found, Chosen)
@@ -186,6 +187,7 @@ def test_limits_make_choices_and_swapping_them_swaps_the_choices() -> None:
                 budgets=Budgets(status.memory.budget_mb, made.target_s, status.link.up_bps),
                 shape=run.shape,
                 lora=run.lora,
+                spec=run.spec,
                 down_bytes=0,
             )
             assert isinstance(chosen, Chosen)

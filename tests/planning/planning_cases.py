@@ -1,9 +1,10 @@
 """A small encoder and a device's fit, as the planning tests know them."""
 
+from edge_sdk.planning.cost import peak_mb, step_s
 from edge_sdk.planning.fitting import fit_cost
 from edge_sdk.protocol.measure import Fit, ProbePoint
 from edge_sdk.protocol.model import DensePart, LoraModule, LoraShape, ModelShape
-from edge_sdk.protocol.spec import Candidate
+from edge_sdk.protocol.spec import Candidate, Setting
 
 LORA = LoraShape(rank=8)
 
@@ -54,6 +55,19 @@ def fit(*settings: tuple[int, int], micro_batch: int = 16, max_length: int = 32)
         max_length=max_length,
         rest_mb=300.0,
     )
+
+
+def setting(depth: int, quantized: int = 0, **changed: object) -> Setting:
+    fields = {"micro_batch": 16, "max_length": 32, **changed}
+    return Setting(depth=depth, quantized_layers=quantized, **fields)  # type: ignore[arg-type]
+
+
+def peak(model: Fit, depth: int, quantized: int = 0) -> float:
+    return peak_mb(model, encoder(), LORA, setting(depth, quantized))
+
+
+def step(model: Fit, depth: int, quantized: int = 0) -> float:
+    return step_s(model, encoder(), LORA, setting(depth, quantized))
 
 
 def candidate(depth: int, quantized: int = 0, *, layers: int = 6, **changed: object) -> Candidate:

@@ -1,19 +1,29 @@
 """Times: train = 10 · (0.1 + 0.05 d + 0.01 a) s; memory: 10 + 40 d − 25 a + 6 [a > 0] MB; kappa 0.9."""
 
 import pytest
-from planning_cases import LORA, candidate, encoder, fit
+from planning_cases import LORA, candidate, encoder, fit, setting
 
-from edge_sdk.planning.choice import Budgets, Chosen, Infeasible, choose, fits_memory, predictable, step_down
+from edge_sdk.planning.choice import (
+    Budgets,
+    Chosen,
+    Infeasible,
+    choose,
+    fits_memory,
+    step_down,
+    unpredictable,
+)
 from edge_sdk.planning.cost import update_bytes
 from edge_sdk.protocol.measure import Fit
-from edge_sdk.protocol.spec import Candidate, Levers
+from edge_sdk.protocol.spec import Candidate, Levers, TrainSpec
 
 SHAPE = encoder()
 OFFER = [candidate(d, a) for d in (1, 3, 4, 6) for a in (0, d)]
 
 
 def pick(budgets: Budgets, offer: list[Candidate] = OFFER, model: Fit | None = None) -> Chosen | Infeasible:
-    return choose(offer, fit=model or fit(), budgets=budgets, shape=SHAPE, lora=LORA, down_bytes=0)
+    return choose(
+        offer, fit=model or fit(), budgets=budgets, shape=SHAPE, lora=LORA, spec=TrainSpec(), down_bytes=0
+    )
 
 
 def chosen(budgets: Budgets, offer: list[Candidate] = OFFER, model: Fit | None = None) -> Chosen:
@@ -34,6 +44,7 @@ def test_the_choice_carries_the_devices_own_predictions() -> None:
         budgets=Budgets(memory_mb=1000, up_bps=1e6, down_bps=2e6),
         shape=SHAPE,
         lora=LORA,
+        spec=TrainSpec(),
         down_bytes=500_000,
     )
     assert isinstance(found, Chosen)
@@ -162,7 +173,7 @@ def test_a_fit_of_another_batch_says_nothing() -> None:
 def test_a_mix_needs_both_kinds_of_probes() -> None:
     def knows(model: Fit, depth: int, quantized: int, bits: int = 8, recompute: str = "none") -> bool:
         levers = Levers(activation_bits=bits, recompute=recompute)
-        return predictable(model, depth, quantized, micro_batch=16, max_length=32, levers=levers)
+        return not unpredictable(model, SHAPE, LORA, setting(depth, quantized, levers=levers))
 
     assert knows(fit(), 6, 3)
     assert not knows(fit((1, 0), (6, 0)), 6, 3)
@@ -177,7 +188,14 @@ def test_after_out_of_memory_the_next_smaller_one() -> None:
     failed: Candidate | None = candidate(6, 0)
     while failed is not None:
         found = step_down(
-            OFFER, failed, fit=fit(), budgets=Budgets(memory_mb=1000), shape=SHAPE, lora=LORA, down_bytes=0
+            OFFER,
+            failed,
+            fit=fit(),
+            budgets=Budgets(memory_mb=1000),
+            shape=SHAPE,
+            lora=LORA,
+            spec=TrainSpec(),
+            down_bytes=0,
         )
         failed = found.candidate if found else None
         if found:
@@ -190,7 +208,14 @@ def test_after_out_of_memory_the_next_smaller_one() -> None:
 def test_stepping_down_keeps_to_the_deadline() -> None:
     budgets = Budgets(memory_mb=1000, deadline_s=2.0)
     found = step_down(
-        OFFER, candidate(6, 0), fit=fit(), budgets=budgets, shape=SHAPE, lora=LORA, down_bytes=0
+        OFFER,
+        candidate(6, 0),
+        fit=fit(),
+        budgets=budgets,
+        shape=SHAPE,
+        lora=LORA,
+        spec=TrainSpec(),
+        down_bytes=0,
     )
     assert found is not None
     assert found.candidate.depth == 1

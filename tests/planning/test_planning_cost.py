@@ -1,20 +1,23 @@
 import pytest
-from planning_cases import LORA, encoder, fit
+from planning_cases import LORA, encoder, fit, peak, setting, step
 
 from edge_sdk.errors import MechanismError
-from edge_sdk.planning.cost import link_s, peak_mb, round_time, step_s, update_bytes, version_bytes
+from edge_sdk.planning.cost import link_s, round_time, update_bytes, version_bytes
 
 
 def test_memory_and_time_are_the_formulas_of_the_fit() -> None:
     model = fit()
-    assert peak_mb(model, 0, 0) == pytest.approx(10)
-    assert peak_mb(model, 4, 0) == pytest.approx(170)
-    assert peak_mb(model, 4, 3) == pytest.approx(10 + 160 - 75 + 6)
-    assert step_s(model, 4, 3) == pytest.approx(0.1 + 0.2 + 0.03)
+    assert peak(model, 0, 0) == pytest.approx(10)
+    assert peak(model, 4, 0) == pytest.approx(170)
+    assert peak(model, 4, 3) == pytest.approx(10 + 160 - 75 + 6)
+    assert step(model, 4, 3) == pytest.approx(0.1 + 0.2 + 0.03)
 
 
 def test_a_round_is_download_steps_and_upload() -> None:
-    time = round_time(fit(), 2, 0, steps=10, bytes_up=125_000, bytes_down=250_000, up_bps=1e6, down_bps=4e6)
+    time = round_time(
+        fit(), encoder(), LORA, setting(2), steps=10,
+        bytes_up=125_000, bytes_down=250_000, up_bps=1e6, down_bps=4e6,
+    )  # fmt: skip
     assert (time.train_s, time.up_s, time.down_s) == pytest.approx((2.0, 1.0, 0.5))
     assert time.total_s == pytest.approx(3.5)
     assert time.link_s == pytest.approx(1.5)

@@ -3,10 +3,9 @@ import random
 
 import msgspec
 import pytest
-from planning_cases import ALL_KINDS, fit, truth
+from planning_cases import ALL_KINDS, fit, peak, step, truth
 
 from edge_sdk.errors import TrainerError
-from edge_sdk.planning.cost import peak_mb, step_s
 from edge_sdk.planning.fitting import fit_cost, non_negative_least_squares
 from edge_sdk.protocol.measure import ProbePoint
 
@@ -31,25 +30,25 @@ def test_what_was_not_probed_is_not_made_up() -> None:
 def test_one_depth_is_charged_to_the_layers() -> None:
     model = fit((1, 0))
     assert model.head_mb == 0
-    assert peak_mb(model, 1, 0) == pytest.approx(50)
-    assert peak_mb(model, 6, 0) == pytest.approx(300)  # the truth is 250: unknown is never cheap
-    assert step_s(model, 6, 0) == pytest.approx(0.9)
+    assert peak(model, 1, 0) == pytest.approx(50)
+    assert peak(model, 6, 0) == pytest.approx(300)  # the truth is 250: unknown is never cheap
+    assert step(model, 6, 0) == pytest.approx(0.9)
 
 
 def test_plain_layers_seen_at_one_depth_alone_never_look_cheap() -> None:
     """What a device short of memory can probe: there, the head's share cannot be told from the layers'."""
     model = fit((1, 1), (1, 0), (3, 3))
     for depth in range(1, 7):
-        assert peak_mb(model, depth, depth) == pytest.approx(truth(depth, depth).peak_mb)
+        assert peak(model, depth, depth) == pytest.approx(truth(depth, depth).peak_mb)
         for quantized in range(depth):
-            assert peak_mb(model, depth, quantized) > truth(depth, quantized).peak_mb - 1e-6
+            assert peak(model, depth, quantized) > truth(depth, quantized).peak_mb - 1e-6
 
 
 def test_quantized_probes_alone_predict_quantized_settings() -> None:
     model = fit((1, 1), (4, 4))
     for depth in (1, 4, 6):
-        assert peak_mb(model, depth, depth) == pytest.approx(truth(depth, depth).peak_mb)
-        assert step_s(model, depth, depth) == pytest.approx(truth(depth, depth).step_s)
+        assert peak(model, depth, depth) == pytest.approx(truth(depth, depth).peak_mb)
+        assert step(model, depth, depth) == pytest.approx(truth(depth, depth).step_s)
 
 
 def test_noise_never_makes_a_coefficient_negative_nor_memory_shrink_with_depth() -> None:

@@ -13,7 +13,7 @@ from edge_sdk.planning.cost import peak_mb, prefix_row_bytes, prefix_share, step
 from edge_sdk.planning.fitting import fit_cost
 from edge_sdk.protocol.measure import ProbePoint
 from edge_sdk.protocol.model import DensePart, LoraModule, LoraShape, ModelShape
-from edge_sdk.protocol.spec import Candidate
+from edge_sdk.protocol.spec import Candidate, TrainSpec
 
 LORA = LoraShape(rank=4)
 SHAPE = ModelShape(
@@ -34,8 +34,18 @@ def candidate(depth: int, **more: object) -> Candidate:
     return Candidate(id=f"d{depth}", depth=depth, gain=float(depth), **WORK, **more)
 
 
+def peak(depth: int) -> float:
+    return peak_mb(FIT, SHAPE, LORA, candidate(depth).setting(TrainSpec()))
+
+
+def step(depth: int, **more: float) -> float:
+    return step_s(FIT, SHAPE, LORA, candidate(depth).setting(TrainSpec()), **more)
+
+
 def own(depth: int, budgets: Budgets) -> tuple[Candidate, float]:
-    made, time = predict(candidate(depth), fit=FIT, budgets=budgets, shape=SHAPE, lora=LORA, down_bytes=0)
+    made, time = predict(
+        candidate(depth), fit=FIT, budgets=budgets, shape=SHAPE, lora=LORA, spec=TrainSpec(), down_bytes=0
+    )
     return made, time.train_s
 
 
@@ -53,9 +63,9 @@ def test_the_share_is_that_of_a_walk_through_the_rows(seed: int) -> None:
 
 
 def test_what_is_read_is_not_computed() -> None:
-    assert step_s(FIT, 2, 0) == pytest.approx(16)
-    assert step_s(FIT, 2, 0, layers=12, prefix_read=0.5) == pytest.approx(16 - 0.5 * 10)
-    assert step_s(FIT, 12, 0, layers=12, prefix_read=0.5) == step_s(FIT, 12, 0)
+    assert step(2) == pytest.approx(16)
+    assert step(2, prefix_read=0.5) == pytest.approx(16 - 0.5 * 10)
+    assert step(12, prefix_read=0.5) == step(12)
 
 
 def test_forms_of_a_row() -> None:
@@ -79,13 +89,15 @@ def test_a_cache_makes_rounds_shorter_and_counts_as_memory() -> None:
 
 
 def test_the_cache_takes_what_training_leaves_and_excludes_nothing() -> None:
-    deep = peak_mb(FIT, 11, 0)
+    deep = peak(11)
     budgets = Budgets(
         memory_mb=(deep + 10.5 * ROW_MB) / MEMORY_SAFETY, prefix=PrefixRoom(mb=100, rows=80, in_memory=True)
     )
-    given = {"fit": FIT, "budgets": budgets, "shape": SHAPE, "lora": LORA, "down_bytes": 0}
-    found = choose([candidate(2), candidate(11)], **given)
+    given = {"fit": FIT, "budgets": budgets, "shape": SHAPE, "lora": LORA}
+    found = choose([candidate(2), candidate(11)], spec=TrainSpec(), down_bytes=0, **given)
     assert isinstance(found, Chosen) and found.candidate.depth == 11
     assert found.candidate.peak_mb == pytest.approx(deep + 10 * ROW_MB)
-    smaller = step_down([candidate(2), candidate(11)], found.candidate, **given)
-    assert smaller is not None and smaller.candidate.peak_mb == pytest.approx(peak_mb(FIT, 2, 0))
+    smaller = step_down(
+        [candidate(2), candidate(11)], found.candidate, spec=TrainSpec(), down_bytes=0, **given
+    )
+    assert smaller is not None and smaller.candidate.peak_mb == pytest.approx(peak(2))

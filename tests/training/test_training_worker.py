@@ -129,10 +129,11 @@ def test_the_fit_predicts_what_training_takes_and_the_store_really_saves(
     random.Random(0).shuffle(settings)
     peaks = {}
     for depth, quantized in settings:
-        trained = worker.ask(_train(setup, described.shape, tmp_path, depth, quantized))
+        asked = _train(setup, described.shape, tmp_path, depth, quantized)
+        trained = worker.ask(asked)
         assert isinstance(trained, Trained), trained
         peaks[depth, quantized] = measured = trained.measured.peak_mb
-        predicted = peak_mb(fit, depth, quantized)
+        predicted = peak_mb(fit, described.shape, setup.lora, asked.candidate.setting(setup.spec))
         # what earlier rounds left of the heap tells on a peak: mimalloc was seen a third off the prediction
         assert abs(predicted - measured) <= max(8.0, 0.4 * measured), (depth, quantized, predicted, measured)
         assert abs(trained.measured.rest_mb - fit.rest_mb) < 8.0
