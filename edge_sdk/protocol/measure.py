@@ -9,7 +9,19 @@ import msgspec
 from edge_sdk.protocol.base import NotNegative, Positive, Record, Text
 from edge_sdk.protocol.spec import Levers
 
-__all__ = ["Budget", "Fit", "Link", "Measured", "Memory", "ProbePoint", "Profile"]
+__all__ = [
+    "Budget",
+    "Fit",
+    "Gpu",
+    "How",
+    "Link",
+    "Measured",
+    "Memory",
+    "ProbePoint",
+    "Profile",
+    "Reading",
+    "Throughput",
+]
 
 Budget = Literal["memory", "link", "compute", "traffic", "energy", "none"]
 """The budget that binds a choice: the one whose relaxation admits a better candidate."""
@@ -21,20 +33,94 @@ Loss = Annotated[float, msgspec.Meta(ge=-1e39, le=1e39)]
 """Any that a float32 holds."""
 
 
-class Profile(Record, frozen=True, kw_only=True):
-    """The machine, as read (not computed). None: could not be read; ``reasons`` says why."""
+How = Literal["measured", "read", "datasheet"]
+"""How a value was got: by doing it and timing it, from the system's files or drivers, or from its vendor."""
 
-    machine: Text = ""
-    processor: Text = ""
-    cores: Positive = 1
+
+class Reading(Record, frozen=True, kw_only=True):
+    """One value of a profile, as ``edge-agent profile`` shows it; the unit is the end of its name."""
+
+    name: Text
+    value: float | bool | Text | None
+    how: How | None = None
+    """None: there is no value."""
+    at: float = 0.0
+    """Wall clock, seconds."""
+    spread: float | None = None
+    """Of what was measured: (highest - lowest) / median of its repeats."""
+    reason: Text = ""
+    """Why there is no value."""
+
+
+class Gpu(Record, frozen=True, kw_only=True):
+    """A GPU with memory of its own, as its driver tells. None: ``reasons`` says why."""
+
+    index: NotNegative = 0
+    name: Text = ""
     memory_mb: float | None = None
     free_mb: float | None = None
+    power_w: float | None = None
+    power_limit_w: float | None = None
+    temperature_c: float | None = None
+    throttling: tuple[Text, ...] | None = None
+    """What holds its clocks down now; empty: nothing."""
+    reasons: dict[str, Text] = msgspec.field(default_factory=dict)
+
+
+class Throughput(Record, frozen=True, kw_only=True):
+    """What one compute device does in a second. By name: ``fp32``, ``bf16``, ``fp16``, ``int8`` (products of
+    matrices, an addition and a multiplication are two), ``copy`` and ``triad`` (bytes read and written)."""
+
+    device: Text
+    """``cpu`` or ``cuda:N``."""
+    name: Text = ""
+    how: Literal["measured", "datasheet"] = "measured"
+    at: float = 0.0
+    gflops: dict[str, float] = msgspec.field(default_factory=dict)
+    gb_s: dict[str, float] = msgspec.field(default_factory=dict)
+    spread: dict[str, float] = msgspec.field(default_factory=dict)
+    """(highest - lowest) / median of the repeats."""
+    reasons: dict[str, Text] = msgspec.field(default_factory=dict)
+    """Why a name is missing above."""
+
+
+class Profile(Record, frozen=True, kw_only=True):
+    """The machine, as read at one moment. None: could not be read; ``reasons`` says why, by field."""
+
+    at: float = 0.0
+    """Wall clock when it was read, seconds."""
+    machine: Text = ""
+    system: Text = ""
+    """The operating system; on a Jetson its JetPack and L4T release."""
+    processor: Text = ""
+    cores: Positive = 1
+    cpu_mhz: float | None = None
+    """Fastest core now."""
+    cpu_max_mhz: float | None = None
+    """What the power mode lets the fastest core reach."""
+    memory_mb: float | None = None
+    free_mb: float | None = None
+    shared_memory: bool | None = None
+    """Processor and accelerator use one pool, which ``memory_mb`` is; None: there is no accelerator."""
+    disk_mb: float | None = None
     disk_free_mb: float | None = None
     accelerators: tuple[Text, ...] = ()
+    gpus: tuple[Gpu, ...] = ()
+    """Those with memory of their own; empty where they were not asked for."""
+    power_mode: Text | None = None
+    power_w: float | None = None
+    """Draw of the whole machine, or of as much of it as has a meter (``rails_w``)."""
+    rails_w: dict[str, float] = msgspec.field(default_factory=dict)
     temperature_c: float | None = None
+    """The hottest sensor, GPUs included."""
+    temperatures_c: dict[str, float] = msgspec.field(default_factory=dict)
+    throttling: tuple[Text, ...] | None = None
+    """What holds clocks down now, below what the power mode allows; empty: nothing."""
     battery_percent: float | None = None
     on_ac: bool | None = None
-    reasons: dict[str, str] = msgspec.field(default_factory=dict)
+    throughput: tuple[Throughput, ...] = ()
+    """Empty until it was measured; each with its own time."""
+    reasons: dict[str, Text] = msgspec.field(default_factory=dict)
 
 
 class ProbePoint(Record, frozen=True, kw_only=True):
@@ -84,10 +170,12 @@ class Memory(Record, frozen=True, kw_only=True):
 
 
 class Link(Record, frozen=True, kw_only=True):
-    """Bits per second each way; None: not known yet. ``source`` says how it was got."""
+    """Bits per second each way through the broker; None: not known yet. ``source`` says how it was got."""
 
     up_bps: Rate | None = None
     down_bps: Rate | None = None
+    rtt_ms: Rate | None = None
+    """There and back, through the broker, for a record of no size."""
     source: Literal["measured", "configured", "unknown"] = "unknown"
 
 
