@@ -13,7 +13,7 @@ from edge_sdk.clock import Clock
 from edge_sdk.errors import StateError
 from edge_sdk.protocol.wire import Announce, Choice, Decline, Offer, Receipt, Refusal
 
-__all__ = ["DONE", "Participations", "critical_path", "to_json"]
+__all__ = ["DONE", "Participations", "critical_path", "deepest_of", "to_json"]
 
 DONE: frozenset[ParticipationState] = frozenset({"received", "declined", "refused"})
 """States from which nothing more comes in this round."""
@@ -155,6 +155,12 @@ def critical_path(received: Sequence[ParticipationRow]) -> dict[str, float | Non
         "shaped_upload_s": shaped,
         "critical_s": critical,
     }
+
+
+def deepest_of(received: Sequence[ParticipationRow]) -> int:
+    """The greatest depth that was trained."""
+    announces = (msgspec.json.decode(one.announce, type=Announce) for one in received if one.announce)
+    return max((announce.candidate.depth for announce in announces), default=0)
 
 
 def to_json(record: msgspec.Struct) -> str:

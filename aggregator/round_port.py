@@ -40,6 +40,12 @@ class RoundsPort(Protocol):
         self, number: int, round: int, chain: Sequence[VersionRow], updates: Sequence[ParticipationRow]
     ) -> tuple[str, int]: ...
 
+    def utilities(
+        self, chain: Sequence[VersionRow], version: VersionRow, updates: Sequence[ParticipationRow]
+    ) -> str | None:
+        """What each layer is worth after the merge that led from ``chain`` to ``version``, as JSON."""
+        ...
+
     def evaluate(self, chain: Sequence[VersionRow]) -> None:
         """Begins; ``Rounds.on_evaluated`` gets the answer."""
         ...

@@ -295,6 +295,8 @@ class Rounds:
                 return True
         wall = self._clock.wall()
         version = VersionRow(self._name, number, row.number, digest, size, None, "global", wall)
+        if row.number > 0:
+            version = replace(version, utilities=self._port.utilities(chain, version, received))
         with self._store.transaction():
             self._store.add_version(version)
             self._move(

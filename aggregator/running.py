@@ -11,7 +11,9 @@ from aggregator.evaluation import Evaluator, setup_of
 from aggregator.fleet import Fleet
 from aggregator.intake import Intake
 from aggregator.methods.base import Method
+from aggregator.participations import deepest_of
 from aggregator.planner.plan import RoundPlan, plan_round
+from aggregator.planner.utility import layer_utilities, read_utilities, write_utilities
 from aggregator.reception import Reception
 from aggregator.round_port import Terms
 from aggregator.rounds import Rounds
@@ -187,8 +189,15 @@ class Running:
     # What the rounds need
 
     def plan(self, round: int, devices: Sequence[Status], previous: Mapping[str, int]) -> RoundPlan:
+        newest = self.rounds.newest()
         return plan_round(
-            self.run, self._method, devices, config=self._config, round=round, previous=previous
+            self.run,
+            self._method,
+            devices,
+            config=self._config,
+            utilities=None if newest is None else read_utilities(newest.utilities),
+            round=round,
+            previous=previous,
         )
 
     def initial_version(self) -> tuple[str, int]:
@@ -198,6 +207,17 @@ class Running:
         self, number: int, round: int, chain: Sequence[VersionRow], updates: Sequence[ParticipationRow]
     ) -> tuple[str, int]:
         return self.adapters.merged(number, round, chain, updates)
+
+    def utilities(
+        self, chain: Sequence[VersionRow], version: VersionRow, updates: Sequence[ParticipationRow]
+    ) -> str | None:
+        before = [self._objects.path(one.object) for one in chain]
+        after = [*(before if version.parent is not None else ()), self._objects.path(version.object)]
+        return write_utilities(
+            layer_utilities(
+                self.run.shape, before, after, deepest_of(updates), read_utilities(chain[-1].utilities)
+            )
+        )
 
     def evaluate(self, chain: Sequence[VersionRow]) -> None:
         setup = setup_of(self._config, self.run.spec, str(self._base))

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
 
-from aggregator.planner.costs import DeviceCosts, Pair, Situation, frontier
-from aggregator.planner.sweep import deepest, default_coverage, sweep
+import numpy as np
 
-__all__ = ["Allocated", "Allocation", "FullDepth", "GreedyDepth"]
+from aggregator.planner.costs import DeviceCosts, Pair, Situation, frontier
+from aggregator.planner.frontiers import Frontiers
+from aggregator.planner.sweep import Objective, Swept, default_coverage, reference_round, sweep
+
+__all__ = ["Allocated", "Allocation", "FullDepth", "GreedyDepth", "ReferenceTime"]
 
 
 @dataclass(frozen=True)
@@ -77,33 +80,45 @@ class GreedyDepth:
     depths: int = 4
 
     def allocate(self, fleet: Sequence[DeviceCosts], situation: Situation) -> Allocated:
-        frontiers = {costs.device: frontier(costs) for costs in fleet}
-        able = [costs for costs in fleet if frontiers[costs.device]]
-        if situation.target_s is not None:
-            target = situation.target_s
-            pairs = {costs.device: deepest(frontiers[costs.device], target) for costs in able}
-            return Allocated(target, {d: pair for d, pair in pairs.items() if pair.seconds <= target})
-        if not able:
+        options = [frontier(costs) for costs in fleet]
+        if not any(options) and situation.target_s is None:
             # The devices measure again; what they would need at least is as good a length as any.
             least = [costs.pair(1, costs.most_quantized(1)).seconds for costs in fleet]
             return Allocated(max(least), {})
-        swept = sweep(
-            [frontiers[costs.device] for costs in able],
-            [costs.samples for costs in able],
-            situation,
-            coverage=default_coverage(len(able)) if self.coverage is None else self.coverage,
-            omega=self.omega,
-            server_s=self.server_s,
-            hysteresis=self.hysteresis,
-            previous={
-                i: situation.previous[costs.device]
-                for i, costs in enumerate(able)
-                if costs.device in situation.previous
+        frontiers = Frontiers.of(options, lambda pair: situation.gain(pair.depth, pair.quantized))
+        if situation.target_s is not None:
+            target, chosen = situation.target_s, frontiers.within(situation.target_s)
+        else:
+            swept = self._round(
+                self.objective(frontiers, [costs.samples for costs in fleet], situation.layers),
+                [situation.previous.get(costs.device, -1) for costs in fleet],
+            )
+            target, chosen = swept.target_s, swept.chosen
+        pairs = [pair for one in options for pair in one]
+        return Allocated(
+            target,
+            {
+                costs.device: pairs[index]
+                for costs, index in zip(fleet, chosen.tolist(), strict=True)
+                if index >= 0 and pairs[index].seconds <= target
             },
         )
-        return Allocated(
-            swept.target_s, {costs.device: pair for costs, pair in zip(able, swept.pairs, strict=True)}
+
+    def objective(self, frontiers: Frontiers, samples: Sequence[int], layers: int) -> Objective:
+        """What a round of this fleet is measured by."""
+        able = int(np.count_nonzero(frontiers.able))
+        return Objective.of(
+            frontiers,
+            samples,
+            layers,
+            coverage=default_coverage(able) if self.coverage is None else self.coverage,
+            omega=self.omega,
+            server_s=self.server_s,
         )
+
+    def _round(self, objective: Objective, previous: Sequence[int]) -> Swept:
+        """``previous``: of each device the depth recommended in the round before; -1: none."""
+        return sweep(objective, hysteresis=self.hysteresis, previous=np.asarray(previous))
 
     def options(self, costs: DeviceCosts, recommended: Pair | None) -> Sequence[tuple[int, int]]:
         layers = costs.work.shape.layers
@@ -115,6 +130,24 @@ class GreedyDepth:
                 if quantized is not None and (depth, quantized) not in found:
                     found.append((depth, quantized))
         return found
+
+
+@dataclass(frozen=True)
+class ReferenceTime(GreedyDepth):
+    """LEGEND's way, in spirit: all keep pace with a reference device.
+
+    It looks at one time a device rather than at every pair, and so comes to a J that is a little less; see
+    ``sweep.reference_round``. Depths move with the reference: there is no hysteresis.
+
+    Attributes:
+        waiting: mean share of the round that devices may wait, where any reference allows for it.
+    """
+
+    name: str = "reference-time"
+    waiting: float = 1.0
+
+    def _round(self, objective: Objective, previous: Sequence[int]) -> Swept:  # noqa: ARG002
+        return reference_round(objective, waiting=self.waiting)
 
 
 def offered_depths(layers: int, recommended: int | None, most: int = 4) -> tuple[int, ...]:

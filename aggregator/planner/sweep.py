@@ -11,25 +11,22 @@ best of every device, and the sweep is exact: O(N L log(N L)).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from aggregator.planner.costs import Pair, Situation
+from aggregator.planner.frontiers import Floats, Frontiers, Ints
 
-__all__ = ["Swept", "coverage_time", "default_coverage", "objective", "sweep"]
-
-Floats = npt.NDArray[np.float64]
+__all__ = ["Objective", "Swept", "coverage_time", "default_coverage", "reference_round", "sweep"]
 
 
 @dataclass(frozen=True)
 class Swept:
-    """The best round: how long it takes, what each device does, and its J."""
+    """A round: how long it takes, the index of each device's pair (-1: it takes no part), and its J."""
 
     target_s: float
-    pairs: tuple[Pair, ...]
+    chosen: Ints
     value: float
 
 
@@ -41,123 +38,164 @@ def default_coverage(devices: int) -> int:
     return max(1, min(3, devices // 4))
 
 
-def coverage_time(frontiers: Sequence[Sequence[Pair]], layers: int, coverage: int) -> float:
+def coverage_time(frontiers: Frontiers, layers: int, coverage: int) -> float:
     """The smallest T at which every device has a pair and the deepest ones reach every layer
     min(coverage, number of devices that can reach it) times."""
-    first = np.full((len(frontiers), layers + 1), np.inf)
-    for i, pairs in enumerate(frontiers):
-        reached = 0
-        for pair in pairs:
-            first[i, reached : pair.depth + 1] = pair.seconds
-            reached = pair.depth + 1
-    first.sort(axis=0)
-    needed = np.minimum(np.isfinite(first).sum(axis=0), coverage)
-    nobody_left_out = max(pairs[0].seconds for pairs in frontiers)
-    times = [first[need - 1, depth] for depth, need in enumerate(needed) if need]
-    return float(max([nobody_left_out, *times]))
+    start = float(frontiers.seconds[frontiers.offsets[:-1][frontiers.able]].max())
+    for times in frontiers.reaching(layers):
+        needed = min(coverage, int(np.isfinite(times).sum()))
+        if needed:
+            start = max(start, float(np.partition(times, needed - 1)[needed - 1]))
+    return start
 
 
-def objective(
-    target_s: float | Floats,
-    rewards: float | Floats,
-    waiting: float | Floats,
-    *,
-    start_s: float,
-    server_s: float,
-    omega: float,
-) -> Floats:
-    """J(T) of summed rewards and mean waiting (as a share of T)."""
-    speed = (start_s + server_s) / np.maximum(np.asarray(target_s) + server_s, 1e-9)
-    return np.asarray(speed * rewards - omega * np.asarray(waiting), dtype=np.float64)
+@dataclass(frozen=True)
+class Objective:
+    """J for one fleet: everything in it but T and what the devices do.
+
+    ``shares``: of each device's samples among those of all that can take part.
+    """
+
+    frontiers: Frontiers
+    shares: Floats
+    layers: int
+    coverage: int
+    start_s: float
+    server_s: float
+    omega: float
+
+    @classmethod
+    def of(
+        cls,
+        frontiers: Frontiers,
+        samples: npt.ArrayLike,
+        layers: int,
+        *,
+        coverage: int,
+        omega: float,
+        server_s: float,
+    ) -> Objective:
+        """Raises ValueError where no device has a pair."""
+        if not len(frontiers.seconds):
+            raise ValueError("no device has anything that it could do")
+        counted = np.where(frontiers.able, np.asarray(samples, np.float64), 0.0)
+        start = coverage_time(frontiers, layers, coverage)
+        return cls(frontiers, counted / counted.sum(), layers, coverage, start, server_s, omega)
+
+    def at(self, target_s: Floats, rewards: Floats, busy: Floats) -> Floats:
+        """J(T) of summed rewards and the summed seconds of all devices."""
+        target = np.maximum(target_s, 1e-9)
+        waiting = 1.0 - busy / (np.count_nonzero(self.frontiers.able) * target)
+        speed = (self.start_s + self.server_s) / np.maximum(target + self.server_s, 1e-9)
+        return np.asarray(speed * rewards - self.omega * waiting, dtype=np.float64)
+
+    def covers(self, chosen: Ints) -> bool:
+        """Whether every layer is trained min(coverage, number of devices that can reach it) times."""
+        frontiers, able = self.frontiers, self.frontiers.able
+        deepest = np.bincount(frontiers.depth[frontiers.offsets[1:][able] - 1], minlength=self.layers + 1)
+        taken = np.bincount(frontiers.depth[chosen[able]], minlength=self.layers + 1)
+        # by how many at depth d or deeper, for d = layers .. 1
+        could, do = np.cumsum(deepest[:0:-1]), np.cumsum(taken[:0:-1])
+        return bool(np.all(do >= np.minimum(self.coverage, could)))
+
+    def value(self, target_s: float, chosen: Ints) -> float:
+        """J of a round in which the devices take these pairs."""
+        able = self.frontiers.able
+        taken = chosen[able]
+        rewards = self.shares[able] @ self.frontiers.gain[taken]
+        busy = self.frontiers.seconds[taken].sum()
+        return float(self.at(*(np.array([figure]) for figure in (target_s, rewards, busy)))[0])
+
+    def waiting(self, swept: Swept) -> float:
+        """Mean share of the round that the devices wait."""
+        taken = self.frontiers.seconds[swept.chosen[self.frontiers.able]]
+        return 1.0 - float(taken.mean()) / max(swept.target_s, 1e-9)
+
+    def round(self, target_s: float) -> Swept:
+        """The round of that length, everybody as deep as it allows."""
+        chosen = self.frontiers.within(target_s)
+        return Swept(target_s, chosen, self.value(target_s, chosen))
 
 
 def sweep(
-    frontiers: Sequence[Sequence[Pair]],
-    samples: Sequence[int],
-    situation: Situation,
+    objective: Objective,
     *,
-    coverage: int,
-    omega: float,
-    server_s: float,
     hysteresis: float = 0.0,
-    previous: Mapping[int, int] | None = None,
+    previous: npt.NDArray[np.integer] | None = None,
 ) -> Swept:
-    """The T of the best J, and each device's pair at it.
+    """The round of the best J; of equal ones the shortest.
 
     Args:
-        frontiers: of each device, at least one pair; see ``costs.frontier``.
-        samples: of each device.
-        hysteresis, previous: keep the depths in ``previous`` (by the device's index) while they are on the
-            frontiers, cover, and come within this share of the best J.
+        hysteresis, previous: keep the depths in ``previous`` (of each device, -1: none) while they cover and
+            come within this share of the best J. See ``_kept``.
     """
-    shares = np.asarray(samples, dtype=np.float64) / sum(samples)
-    start = coverage_time(frontiers, situation.layers, coverage)
-    count = len(frontiers)
-
-    # Each pair is an event at its time: the device leaves the pair before it for this one.
-    times, gained, waited = [], [], []
-    for share, pairs in zip(shares, frontiers, strict=True):
-        reward = seconds = 0.0
-        for pair in pairs:
-            now = share * situation.gain(pair.depth, pair.quantized)
-            times.append(pair.seconds)
-            gained.append(now - reward)
-            waited.append(pair.seconds - seconds)
-            reward, seconds = now, pair.seconds
-    order = np.argsort(times, kind="stable")
-    targets = np.asarray(times)[order]
-    rewards = np.cumsum(np.asarray(gained)[order])
-    busy = np.cumsum(np.asarray(waited)[order])
-    last = np.append(targets[1:] > targets[:-1], True) & (targets >= start)
-    targets, rewards, busy = targets[last], rewards[last], busy[last]
-    values = objective(
-        targets,
-        rewards,
-        1.0 - busy / (count * np.maximum(targets, 1e-9)),
-        start_s=start,
-        server_s=server_s,
-        omega=omega,
-    )
-    best = int(np.argmax(values))
-    target = float(targets[best])
-    swept = Swept(target, tuple(deepest(pairs, target) for pairs in frontiers), float(values[best]))
-    kept = _kept(frontiers, previous or {}, situation.layers, coverage)
-    if kept is None:
+    swept = objective.round(_best_target(objective))
+    if previous is None:
         return swept
-    target = max(pair.seconds for pair in kept)
-    value = float(
-        objective(
-            target,
-            sum(s * situation.gain(p.depth, p.quantized) for s, p in zip(shares, kept, strict=True)),
-            sum((target - p.seconds) / max(target, 1e-9) for p in kept) / count,
-            start_s=start,
-            server_s=server_s,
-            omega=omega,
-        )
-    )
-    if swept.value - value <= hysteresis * abs(swept.value):
-        return Swept(target, kept, value)
-    return swept
+    kept = _kept(objective, previous)
+    if kept is None or not objective.covers(kept.chosen):
+        return swept
+    return kept if swept.value - kept.value <= hysteresis * abs(swept.value) else swept
 
 
-def deepest(pairs: Sequence[Pair], target_s: float) -> Pair:
-    """The deepest pair within ``target_s``; the shallowest one where none is."""
-    within = [pair for pair in pairs if pair.seconds <= target_s]
-    return within[-1] if within else pairs[0]
+def _best_target(objective: Objective) -> float:
+    """Each pair is an event at its time: the device leaves the pair before it for this one."""
+    frontiers, start = objective.frontiers, objective.start_s
+    gained = frontiers.steps(frontiers.gain)
+    gained *= np.repeat(objective.shares, frontiers.counts)
+    added = frontiers.steps(frontiers.seconds)
+    # What happens up to the first T needs no order.
+    before = frontiers.seconds <= start
+    after = ~before
+    times = frontiers.seconds[after]
+    order = np.argsort(times)
+    targets = np.concatenate(([start], times[order]))
+    rewards = np.concatenate(([gained[before].sum()], gained[after][order]))
+    busy = np.concatenate(([added[before].sum()], added[after][order]))
+    np.cumsum(rewards, out=rewards)
+    np.cumsum(busy, out=busy)
+    last = np.append(targets[1:] > targets[:-1], True)
+    targets = targets[last]
+    return float(targets[np.argmax(objective.at(targets, rewards[last], busy[last]))])
 
 
-def _kept(
-    frontiers: Sequence[Sequence[Pair]], previous: Mapping[int, int], layers: int, coverage: int
-) -> tuple[Pair, ...] | None:
-    """The round before, at today's costs; None where a depth does not fit any more, or a layer is left."""
-    pairs = []
-    for i, options in enumerate(frontiers):
-        same = [pair for pair in options if pair.depth == previous.get(i)]
-        if not same:
-            return None
-        pairs.append(same[0])
-    for depth in range(1, layers + 1):
-        able = sum(options[-1].depth >= depth for options in frontiers)
-        if sum(pair.depth >= depth for pair in pairs) < min(coverage, able):
-            return None
-    return tuple(pairs)
+def _kept(objective: Objective, previous: npt.NDArray[np.integer]) -> Swept | None:
+    """The round before, at today's costs; None where nobody can do what it did.
+
+    Who has no depth of the round before, or cannot train so deep any more, goes as deep as those who keep
+    theirs leave time for: a device that joins, or lost memory, is no reason for all others to change.
+    """
+    frontiers = objective.frontiers
+    chosen = frontiers.with_depths(previous)
+    keeps = chosen >= 0
+    if not keeps.any():
+        return None
+    changes = frontiers.able & ~keeps
+    first = frontiers.seconds[frontiers.offsets[:-1][changes]]
+    target = float(max(frontiers.seconds[chosen[keeps]].max(), first.max(initial=0.0)))
+    chosen = np.where(keeps, chosen, frontiers.within(target))
+    return Swept(target, chosen, objective.value(target, chosen))
+
+
+def reference_round(objective: Objective, *, waiting: float = 1.0, references: int = 64) -> Swept:
+    """The round that keeps pace with one device: everybody as deep as its time allows.
+
+    What a device takes for all that it can do is a reference, from the fastest one's on, and so is the least
+    that coverage asks for. Of those at which the devices wait for no more than ``waiting`` of the round on
+    average, of all where there are none, the one of the best J is taken.
+
+    Args:
+        references: how many are looked at, at most; evenly among the devices by pace.
+    """
+    frontiers = objective.frontiers
+    full = frontiers.seconds[frontiers.offsets[1:][frontiers.able] - 1]
+    times = np.unique(np.maximum(full, objective.start_s))
+    some = times[np.unique(np.linspace(0, len(times) - 1, references).astype(int))]
+    best: tuple[bool, Swept] | None = None
+    for time in [objective.start_s, *some.tolist()]:
+        swept = objective.round(time)
+        calm = objective.waiting(swept) <= waiting
+        if best is None or (calm, swept.value) > (best[0], best[1].value):
+            best = calm, swept
+    assert best is not None  # noqa: S101 - for the type checker: start_s is a reference
+    return best[1]

@@ -70,6 +70,8 @@ class VersionRow:
     perplexity: float | None = None
     tokens: int | None = None
     evaluation_error: str | None = None
+    utilities: str | None = None
+    """What each layer is worth after this version's merge, as JSON, from the input up; None: alike."""
 
     @property
     def score(self) -> str:
@@ -182,6 +184,8 @@ class DeviceRow:
     up_bps: float | None = None
     down_bps: float | None = None
     seen_at: float = 0.0
+    learned: str | None = None
+    """What the planner learned of the device from its rounds, as JSON; None: nothing yet."""
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ __all__ = [
     "versions",
 ]
 
-SCHEMA = 2
+SCHEMA = 3
 """Version of the tables. A change raises it and appends a function to ``STEPS``."""
 
 metadata = MetaData()
@@ -75,6 +75,7 @@ versions = Table(
     Column("perplexity", Float(53)),
     Column("tokens", Integer),
     Column("evaluation_error", Text),
+    Column("utilities", Text),
     ForeignKeyConstraint(["run"], ["runs.run"]),
 )
 
@@ -141,6 +142,7 @@ devices = Table(
     Column("up_bps", Float(53)),
     Column("down_bps", Float(53)),
     Column("seen_at", Float(53), nullable=False),
+    Column("learned", Text),
 )
 
 ledger = Table(
@@ -162,7 +164,12 @@ def _evaluations_tell_more(connection: Connection) -> None:
         connection.execute(text(f"ALTER TABLE versions ADD COLUMN {name} {kind}"))
 
 
-STEPS: dict[int, Callable[[Connection], None]] = {1: _evaluations_tell_more}
+def _the_planner_learns(connection: Connection) -> None:
+    for table, name in (("versions", "utilities"), ("devices", "learned")):
+        connection.execute(text(f"ALTER TABLE {table} ADD COLUMN {name} TEXT"))
+
+
+STEPS: dict[int, Callable[[Connection], None]] = {1: _evaluations_tell_more, 2: _the_planner_learns}
 """From version n to n + 1: ``STEPS[n](connection)``."""
 
 

@@ -147,8 +147,9 @@ def test_an_older_store_is_brought_forward(tmp_path: Path) -> None:
     opened.add_version(version)
     opened.close()
     connection = sqlite3.connect(tmp_path / "server.sqlite")
-    for name in ("f1", "perplexity", "tokens"):  # of the second version
+    for name in ("f1", "perplexity", "tokens", "utilities"):
         connection.execute(f"ALTER TABLE versions DROP COLUMN {name}")
+    connection.execute("ALTER TABLE devices DROP COLUMN learned")
     connection.execute("UPDATE schema_version SET version = 1")
     connection.commit()
     connection.close()
@@ -159,9 +160,11 @@ def test_an_older_store_is_brought_forward(tmp_path: Path) -> None:
         assert tables.check_version(opened._connected) == tables.SCHEMA
     assert opened.versions("demo") == [version]
     opened.set_version("demo", 0, perplexity=2.0)
+    opened.put_device(DeviceRow("demo", "one", learned="{}"))
     opened.close()
     opened = SqlStore(url, read_only=True)
     assert opened.versions("demo") == [replace(version, perplexity=2.0)]
+    assert opened.devices("demo")[0].learned == "{}"
     opened.close()
 
 
