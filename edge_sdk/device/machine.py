@@ -1,4 +1,4 @@
-"""This machine, as read: memory, processor, heat, battery, accelerators. Nothing is computed or set here.
+"""This machine, as read: memory, processor, power, heat, battery, accelerators. Nothing is computed or set.
 
 Files are read below ``root``, so that trees recorded on other machines can be tested. What cannot be read
 is None, and ``Profile.reasons`` says why. MB are 10^6 bytes.
@@ -9,58 +9,79 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 
-from edge_sdk.device.accelerators import accelerators, gpu_free_mb
+from edge_sdk.device.accelerators import accelerators
 from edge_sdk.device.cgroups import memory_limits, processor_limit
-from edge_sdk.device.files import number_in, text_in
-from edge_sdk.protocol.measure import Profile
+from edge_sdk.device.files import number_or_why, text_in, text_or_why
+from edge_sdk.device.heat import temperatures_c, throttling
+from edge_sdk.device.nvml import gpu_free_mb, read_gpus
+from edge_sdk.device.power import battery, draw, power_mode
+from edge_sdk.device.tegra import l4t_release, tegra_chip
+from edge_sdk.protocol.measure import Gpu, Profile
 
 __all__ = ["free_memory_mb", "gpu_free_mb", "process_rss_mb", "read_profile", "total_memory_mb"]
 
 _ROOT = Path("/")
+_T = TypeVar("_T")
 
 
-def read_profile(root: Path = _ROOT, disk: Path | None = None) -> Profile:
+def read_profile(
+    root: Path = _ROOT, disk: Path | None = None, *, gpus: bool = False, interval_s: float = 0.0
+) -> Profile:
     """Reads the machine.
 
     Args:
         root: where ``proc``, ``sys`` and ``etc`` are looked for.
-        disk: a folder on the disk whose free space counts; None: ``root``.
+        disk: a folder on the disk whose space counts; None: ``root``.
+        gpus: ask NVML for GPUs with memory of their own, which loads it.
+        interval_s: to wait for meters that count energy; 0: these are left out.
     """
     reasons: dict[str, str] = {}
 
-    def known(field: str, value: float | None, reason: str) -> float | None:
-        if value is None:
-            reasons[field] = reason
+    def known(field: str, found: tuple[_T, str]) -> _T:
+        value, why = found
+        if why:
+            reasons[field] = why
         return value
 
-    machine = _machine(root)
-    if not machine:
-        reasons["machine"] = "neither a device tree nor DMI names it"
-    processor = _processor(root)
-    if not processor:
-        reasons["processor"] = "/proc/cpuinfo does not name it"
-    found, reason = accelerators(root)
-    if reason:
-        reasons["accelerators"] = reason
-    battery, on_ac, power_reason = _power(root)
-    if on_ac is None:
-        reasons["on_ac"] = "no power supply is reported"
+    machine = known("machine", _machine(root))
+    drawn = draw(root, interval_s)
+    known("power_w", (drawn.watts, drawn.why))
+    temperatures = known("temperature_c", temperatures_c(root))
+    names = known("accelerators", accelerators(root))
+    found = known("gpus", _gpus(root, names, wanted=gpus))
+    charge, no_charge, on_ac, no_supply = battery(root)
+    (total, free), no_disk = _disk_mb(disk or root)
+    hottest = [*temperatures.values(), *(gpu.temperature_c for gpu in found if gpu.temperature_c is not None)]
     return Profile(
+        at=time.time(),
         machine=machine,
-        processor=processor,
+        system=known("system", _system(root)),
+        processor=known("processor", _processor(root)),
         cores=_cores(root),
-        memory_mb=known("memory_mb", total_memory_mb(root), "/proc/meminfo cannot be read"),
-        free_mb=known("free_mb", free_memory_mb(root), "/proc/meminfo cannot be read"),
-        disk_free_mb=known("disk_free_mb", _disk_free_mb(disk or root), "the disk cannot be asked"),
-        accelerators=found,
-        temperature_c=known("temperature_c", _temperature_c(root), "no sensor can be read"),
-        battery_percent=known("battery_percent", battery, power_reason),
-        on_ac=on_ac,
+        cpu_mhz=known("cpu_mhz", _fastest_mhz(root, "scaling_cur_freq")),
+        cpu_max_mhz=known("cpu_max_mhz", _fastest_mhz(root, "scaling_max_freq")),
+        memory_mb=known("memory_mb", (total_memory_mb(root), _no_meminfo(root, "MemTotal"))),
+        free_mb=known("free_mb", (free_memory_mb(root), _no_meminfo(root, "MemAvailable"))),
+        shared_memory=bool(tegra_chip(root)) if names else None,
+        disk_mb=known("disk_mb", (total, no_disk)),
+        disk_free_mb=known("disk_free_mb", (free, no_disk)),
+        accelerators=names,
+        gpus=found,
+        power_mode=known("power_mode", power_mode(root)),
+        power_w=drawn.watts,
+        rails_w=drawn.rails,
+        temperature_c=max(hottest, default=None),
+        temperatures_c=temperatures,
+        throttling=known("throttling", throttling(root)),
+        battery_percent=known("battery_percent", (charge, no_charge)),
+        on_ac=known("on_ac", (on_ac, no_supply)),
         reasons=reasons,
     )
 
@@ -100,12 +121,31 @@ def _meminfo(root: Path) -> dict[str, float]:
     return entries
 
 
-def _machine(root: Path) -> str:
+def _no_meminfo(root: Path, name: str) -> str:
+    if name in _meminfo(root):
+        return ""
+    return text_or_why(root / "proc/meminfo")[1] or f"meminfo does not tell {name}"
+
+
+def _machine(root: Path) -> tuple[str, str]:
     tree = text_in(root / "proc/device-tree/model") or text_in(root / "sys/firmware/devicetree/base/model")
     if tree:
-        return tree
+        return tree, ""
     dmi = root / "sys/devices/virtual/dmi/id"
-    return " ".join(filter(None, (text_in(dmi / "sys_vendor"), text_in(dmi / "product_name"))))
+    name = " ".join(filter(None, (text_in(dmi / "sys_vendor"), text_in(dmi / "product_name"))))
+    return name, "" if name else "neither a device tree nor DMI names it"
+
+
+def _system(root: Path) -> tuple[str, str]:
+    release = l4t_release(root)
+    if release is not None:
+        return str(release), ""
+    text, why = text_or_why(root / "etc/os-release")
+    for line in text.splitlines():
+        name, _, value = line.partition("=")
+        if name == "PRETTY_NAME":
+            return value.strip("\"'"), ""
+    return "", why or "os-release does not name it"
 
 
 def _cpuinfo(root: Path) -> Iterator[tuple[str, str]]:
@@ -114,13 +154,32 @@ def _cpuinfo(root: Path) -> Iterator[tuple[str, str]]:
         yield name.strip(), value.strip()
 
 
-def _processor(root: Path) -> str:
+def _processor(root: Path) -> tuple[str, str]:
     names = {name: value for name, value in _cpuinfo(root) if value}
     if "model name" in names:
-        return names["model name"]
+        return names["model name"], ""
     if "CPU part" in names:  # Arm boards give numbers only
-        return f"Arm implementer {names.get('CPU implementer', '?')} part {names['CPU part']}"
-    return names.get("Hardware", "")
+        return f"Arm implementer {names.get('CPU implementer', '?')} part {names['CPU part']}", ""
+    name = names.get("Hardware", "")
+    return name, "" if name else "cpuinfo does not name it"
+
+
+def _fastest_mhz(root: Path, file: str) -> tuple[float | None, str]:
+    """Of all clusters; the kernel writes kHz."""
+    why = "the kernel sets no clocks here (no cpufreq)"
+    clocks = []
+    for policy in sorted((root / "sys/devices/system/cpu/cpufreq").glob("policy*")):
+        clock, reason = number_or_why(policy / file)
+        why = reason or why
+        if clock is not None:
+            clocks.append(clock / 1000)
+    return max(clocks, default=None), "" if clocks else why
+
+
+def _gpus(root: Path, names: tuple[str, ...], *, wanted: bool) -> tuple[tuple[Gpu, ...], str]:
+    if not names or tegra_chip(root):
+        return (), "no GPU here has memory of its own"
+    return read_gpus() if wanted else ((), "their driver was not asked")
 
 
 def _cores(root: Path) -> int:
@@ -132,42 +191,12 @@ def _cores(root: Path) -> int:
     return max(1, cores if quota is None else min(cores, math.ceil(quota)))
 
 
-def _disk_free_mb(folder: Path) -> float | None:
+def _disk_mb(folder: Path) -> tuple[tuple[float | None, float | None], str]:
+    """All of it, and what is free."""
     try:
         while not folder.exists():  # the state folder may not be made yet
             folder = folder.parent
-        return shutil.disk_usage(folder).free / 1e6
-    except OSError:
-        return None
-
-
-def _temperature_c(root: Path) -> float | None:
-    """The hottest sensor. Jetson's PMIC-Die zone is left out: it always says 50 or 100."""
-    zones = [
-        number_in(zone / "temp")
-        for zone in sorted((root / "sys/class/thermal").glob("thermal_zone*"))
-        if text_in(zone / "type") != "PMIC-Die"
-    ]
-    if not zones:
-        zones = [number_in(file) for file in sorted((root / "sys/class/hwmon").glob("hwmon*/temp*_input"))]
-    plausible = [zone / 1000 for zone in zones if zone is not None and -40_000 < zone < 150_000 and zone != 0]
-    return max(plausible, default=None)
-
-
-def _power(root: Path) -> tuple[float | None, bool | None, str]:
-    """Charge of the machine's own battery, whether it hangs on a supply, and why there is no charge."""
-    charge, online, seen = None, [], False
-    for supply in sorted((root / "sys/class/power_supply").glob("*")):
-        if text_in(supply / "scope") == "Device":  # a mouse's battery, say
-            continue
-        kind = text_in(supply / "type")
-        if kind == "Battery":
-            seen = True
-            charge = number_in(supply / "capacity") if charge is None else charge
-        elif kind and (value := number_in(supply / "online")) is not None:
-            online.append(value > 0)
-    return (
-        charge,
-        any(online) if online else None,
-        "its charge cannot be read" if seen else "there is no battery",
-    )
+        usage = shutil.disk_usage(folder)
+    except OSError as error:
+        return (None, None), f"the disk cannot be asked: {error.strerror}"
+    return (usage.total / 1e6, usage.free / 1e6), ""
