@@ -117,6 +117,7 @@ def show_devices(path: Path, *, as_json: bool) -> None:
                     "device_class": None if status is None else status.device_class,
                     "emulated": status is not None and status.emulated,
                     "permission": None if status is None else status.permission,
+                    "reason": "" if status is None else status.reason,
                     "samples": None if status is None else status.samples,
                     "limits": {} if status is None else status.limits,
                     "rest_mb": None if status is None else status.memory.rest_mb,
@@ -139,7 +140,7 @@ def show_devices(path: Path, *, as_json: bool) -> None:
             (
                 device_label(row["device"], row["device_class"], row["emulated"]),
                 "yes" if row["online"] else "no",
-                row["permission"],
+                f"{row['permission']}: {row['reason']}" if row["reason"] else row["permission"],
                 row["samples"],
                 row["bytes_up"] // 1000,
                 row["bytes_down"] // 1000,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
@@ -14,11 +14,13 @@ from typing import Any
 from edge_sdk.agent.context import BaseFiles, Context, Machine
 from edge_sdk.agent.core import Core
 from edge_sdk.agent.desk import Desk
-from edge_sdk.agent.inbox import ExportRequest, Pause, Resume, Stop
+from edge_sdk.agent.gating import Check
+from edge_sdk.agent.inbox import ExportRequest, GatesAltered, Pause, Resume, Stop
 from edge_sdk.agent.lock import FolderLock
 from edge_sdk.agent.process_trainer import ProcessTrainer
 from edge_sdk.agent.record import AgentRecord, disk_error
 from edge_sdk.agent.reporting import folder_status
+from edge_sdk.agent.traffic import Traffic
 from edge_sdk.clock import Clock, SystemClock, boot_id
 from edge_sdk.config.agent import AgentConfig
 from edge_sdk.data import base_files as real_base_files
@@ -74,6 +76,7 @@ class Agent:
         self._clock = clock or SystemClock()
         self._give_up_s = give_up_s
         self._bus = EventBus()
+        self._gates: dict[str, Check] = {}
         self._core: Core | None = None
         self._lock: FolderLock | None = None
         self._thread: threading.Thread | None = None
@@ -105,7 +108,7 @@ class Agent:
             )
             core = open_core(
                 self.config, transport=transport, trainer=trainer, clock=self._clock, bus=self._bus,
-                give_up_s=self._give_up_s,
+                give_up_s=self._give_up_s, gates=self._gates,
             )  # fmt: skip
             # Known before it speaks: who is called back, or signalled, may stop it already.
             self._core, self._crash = core, None
@@ -150,6 +153,28 @@ class Agent:
     def on(self, callback: Callable[[Event], None]) -> Callable[[], None]:
         """Calls ``callback`` with every event, in the agent's thread; returns what ends that."""
         return self._bus.subscribe(callback)
+
+    def gate(self, name: str, check: Callable[[], object]) -> Callable[[], None]:
+        """Works only while ``check`` returns what is true; returns what takes the gate away.
+
+        ``agent.gate("user", lambda: not editor_is_open())``: a training is interrupted within a step once it
+        does not pass, and goes on from its start, as after ``pause``. The check is called in the agent's
+        thread every ``gates.check_s`` seconds and must return at once; one that raises counts as closed.
+        ``name`` is what the server and the owner are told.
+        """
+        self._gates[name] = check
+        self._look_at_gates()
+
+        def take_away() -> None:
+            if self._gates.get(name) is check:
+                del self._gates[name]
+                self._look_at_gates()
+
+        return take_away
+
+    def _look_at_gates(self) -> None:
+        if self._core is not None and self.running:
+            self._core.inbox.put(GatesAltered())
 
     def wait(self, timeout: float | None = None) -> bool:
         """Waits until the agent ended; False when it still runs after ``timeout`` seconds.
@@ -252,6 +277,7 @@ def open_core(
     base_files: BaseFiles = real_base_files,
     boot: str | None = None,
     give_up_s: float | None = None,
+    gates: Mapping[str, Check] | None = None,
 ) -> Core:
     """An agent's core on its state folder, for who drives it without threads: a simulation, a test.
 
@@ -287,5 +313,6 @@ def open_core(
         base_files=base_files,
         bus=bus or EventBus(),
         bucket=TokenBucket(None if limit is None else limit * 1000, clock, _BURST_BYTES),
+        traffic=Traffic(record, clock, config.gates.traffic_mb_per_day),
     )
-    return Core(context, give_up_s=give_up_s)
+    return Core(context, give_up_s=give_up_s, gates=gates)

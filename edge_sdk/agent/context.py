@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from edge_sdk.agent.desk import Desk
 from edge_sdk.agent.record import AgentRecord
 from edge_sdk.agent.states import Permission
+from edge_sdk.agent.traffic import Traffic
 from edge_sdk.clock import Clock
 from edge_sdk.config.agent import AgentConfig
 from edge_sdk.events import Event, EventBus
@@ -70,10 +71,14 @@ class Context:
     base_files: BaseFiles
     bus: EventBus
     bucket: TokenBucket
+    traffic: Traffic
     permission: Permission = "running"
+    gate: str | None = None
+    """Why the gates do not pass; None: they do."""
     reachable: bool = False
     """Connected, the run is known, and its aggregator is there: what is said now is heard."""
     topics: Topics = field(init=False)
+    _waits_until: float = float("-inf")
 
     def __post_init__(self) -> None:
         self.topics = Topics(self.config.broker.namespace)
@@ -103,6 +108,15 @@ class Context:
         if not self.transport.publish(topic, payload, retain=retain):
             return False
         self.bucket.spend(len(payload))
-        with self.record.counting():
-            self.record.count(self.nonce, bytes_up=len(payload), **counters)
+        self.traffic.count(self.nonce, bytes_up=len(payload), **counters)
         return True
+
+    def may_move(self, size: int) -> bool:
+        """Whether the day's allowance has room for so much bulk; tells the owner once a day where not."""
+        if size <= self.traffic.left:
+            return True
+        used, until = self.traffic.used, self.clock.wall() + self.traffic.tomorrow_s
+        if until > self._waits_until:
+            self._waits_until = until
+            self.emit("traffic.spent", bytes=used, mb_per_day=self.traffic.most_mb, until=until)
+        return False

@@ -11,6 +11,7 @@ import contextlib
 import queue
 import sqlite3
 from collections import deque
+from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -20,7 +21,16 @@ from edge_sdk.agent.context import Context
 from edge_sdk.agent.downloads import Downloads
 from edge_sdk.agent.ending import Ending
 from edge_sdk.agent.export import ask_export
-from edge_sdk.agent.inbox import AgentEvent, ExportRequest, GateChanged, Pause, Resume, Stop
+from edge_sdk.agent.gating import Check, Gating
+from edge_sdk.agent.inbox import (
+    AgentEvent,
+    ExportRequest,
+    GateChanged,
+    GatesAltered,
+    Pause,
+    Resume,
+    Stop,
+)
 from edge_sdk.agent.joining import Joining
 from edge_sdk.agent.record import disk_error
 from edge_sdk.agent.reporting import live_state
@@ -48,20 +58,17 @@ __all__ = ["Core"]
 _LONGEST_S = 60.0
 
 
-_DECLINES: dict[str, tuple[DeclineReason, str]] = {
-    "paused": ("paused", "the device is paused"),
-    "gated": ("gate", "a gate of the device does not pass"),
-}
-
-
 class Core:
     """See the module. ``start`` connects; then feed ``handle`` and ``tick``, or let ``run`` do it.
 
     Args:
         give_up_s: end with BrokerError after so long without a broker; None: try for ever.
+        gates: an app's own, by name, besides those of the config.
     """
 
-    def __init__(self, context: Context, *, give_up_s: float | None = None) -> None:
+    def __init__(
+        self, context: Context, *, give_up_s: float | None = None, gates: Mapping[str, Check] | None = None
+    ) -> None:
         self.context = context
         self.inbox: queue.SimpleQueue[AgentEvent] = queue.SimpleQueue()
         self.joining = Joining(context, self.fail)
@@ -69,6 +76,7 @@ class Core:
         self.uploads = Uploads(context)
         self.rounds = Rounds(context, self.joining, self.downloads, self.uploads)
         self.standing = Standing(context, self.joining, self.rounds)
+        self.gating = Gating(context, {} if gates is None else gates)
         self.ending = Ending(context, self.joining, self.rounds, self.downloads, self.fail, give_up_s)
         self.aggregator: AggregatorState | None = None
         self.error: EdgeError | None = None
@@ -77,7 +85,6 @@ class Core:
         self._down_since: float | None = context.clock.monotonic()
         self._run_seen = False
         self._ever_up = False
-        self._gate: str | None = None
         self._exports: deque[Future[Path]] = deque()
         self._live = b""
 
@@ -94,6 +101,7 @@ class Core:
         )
         context.emit("agent.started", device=context.device, session=context.session,
                      broker=context.transport.description)  # fmt: skip
+        self._look_at_gates(context.clock.monotonic())
 
     def run(self) -> None:
         """Handles events until the agent is stopped or fails."""
@@ -157,7 +165,8 @@ class Core:
         if self.done:
             return None
         try:
-            times = [self._settle(now), self.context.desk.tick(now), self._patience(now)]
+            gates_due = self._look_at_gates(now)
+            times = [gates_due, self._settle(now), self.context.desk.tick(now), self._patience(now)]
         except EdgeError as error:
             self.fail(error)
             times = []
@@ -177,13 +186,14 @@ class Core:
                 self._occasion("pause")
             case Resume():
                 self._occasion("resume")
-                if self._gate is not None:
+                if self.context.gate is not None:
                     self._occasion("gate-failed")
             case Stop():
                 self._occasion("stop")
             case GateChanged():
-                self._gate = event.reason
-                self._occasion("gate-passed" if event.reason is None else "gate-failed")
+                self._on_gate(event.reason)
+            case GatesAltered():
+                self.gating.hurry()
             case ExportRequest():
                 self._exports.append(event.result)
             case _:
@@ -197,7 +207,7 @@ class Core:
             for state in PERMISSION:
                 if state == reaction.to:
                     context.permission = state
-            context.emit("agent.permission", permission=context.permission, reason=self._gate or "")
+            context.emit("agent.permission", permission=context.permission, reason=context.gate or "")
         self.rounds.react(occasion)
         self.uploads.react(occasion, context.clock.monotonic())
         if context.permission == "stopped":
@@ -206,6 +216,22 @@ class Core:
             if context.permission != "running" and context.desk.task in ("describe", "probe"):
                 context.desk.interrupt()
             self._report()
+
+    def _look_at_gates(self, now: float) -> float | None:
+        """Before anything else is done. Returns when to look again."""
+        due = self.gating.due(now)
+        if due is not None and due <= now:
+            reason = self.gating.look(now)
+            if reason != self.context.gate:
+                self._on_gate(reason)
+        return self.gating.due(now)
+
+    def _on_gate(self, reason: str | None) -> None:
+        context, before = self.context, self.context.permission
+        context.gate = reason
+        self._occasion("gate-passed" if reason is None else "gate-failed")
+        if before == context.permission == "gated":
+            self._report()  # for another reason now
 
     def _on_connection(self, event: Connection) -> None:
         context = self.context
@@ -225,8 +251,7 @@ class Core:
 
     def _on_message(self, event: Inbound) -> None:
         context, now = self.context, self.context.clock.monotonic()
-        with context.record.counting():
-            context.record.count(context.nonce, bytes_down=len(event.payload))
+        context.traffic.count(context.nonce, bytes_down=len(event.payload))
         if is_chunk(event.payload):
             self.downloads.on_chunk(decode_chunk(event.payload), now)
             return
@@ -269,9 +294,14 @@ class Core:
         if occasion is None:
             return
         if PERMISSION[context.permission].on[occasion].action == "refuse":
-            self.rounds.refuse(offer, *_DECLINES[context.permission])
+            self.rounds.refuse(offer, *self._why_not())
         elif PERMISSION[context.permission].on[occasion].action == "pass":
             self.rounds.react(occasion, offer=offer)
+
+    def _why_not(self) -> tuple[DeclineReason, str]:
+        if self.context.permission == "gated":
+            return "gate", f"closed gates: {self.context.gate}"
+        return "paused", "the device is paused"
 
     def _on_refusal(self, refusal: Refusal, now: float) -> None:
         if refusal.object is not None:
@@ -298,7 +328,7 @@ class Core:
         self._reach()
         times = [self.rounds.advance(now), self.downloads.tick(now), self.uploads.pump(now)]
         times.append(self.ending.follow(self.aggregator, self._report, now))
-        times.append(self.standing.tick(self.aggregator, self._gate, now))
+        times.append(self.standing.tick(self.aggregator, now))
         if self._exports and not self.context.desk.busy:
             ask_export(self.context, self.joining, self._exports.popleft())
         return min((time for time in times if time is not None), default=None)
@@ -332,7 +362,7 @@ class Core:
         self._occasion("connect" if reachable else "disconnect")
 
     def _report(self) -> None:
-        self.standing.report(self.aggregator, self._gate)
+        self.standing.report(self.aggregator)
 
     def _patience(self, now: float) -> float | None:
         if self._give_up_s is None or self._down_since is None:

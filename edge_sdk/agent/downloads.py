@@ -22,6 +22,7 @@ _MOST_ASK_S = 60.0
 class _Fetch:
     ref: VersionRef
     receiver: ObjectReceiver
+    chunk_bytes: int
     window: int
     began: float
     held_before: int
@@ -49,7 +50,7 @@ class Downloads:
             if transfer not in self._fetches:
                 receiver = ObjectReceiver.open(self._folder, ref.object, ref.bytes, chunk_bytes)
                 now = context.clock.monotonic()
-                fetch = _Fetch(ref, receiver, window, now, receiver.received_bytes, now)
+                fetch = _Fetch(ref, receiver, chunk_bytes, window, now, receiver.received_bytes, now)
                 self._fetches[transfer] = fetch
                 self._ask(fetch, now)
                 if receiver.complete:
@@ -113,6 +114,9 @@ class Downloads:
 
     def _ask(self, fetch: _Fetch, now: float) -> None:
         fetch.asked = now
+        missing = fetch.ref.bytes - fetch.receiver.received_bytes
+        if missing and not self._context.may_move(min(missing, fetch.window * fetch.chunk_bytes)):
+            return  # asked again in a while, and answered tomorrow
         self._context.say(fetch.receiver.have(self._context.device, fetch.window))
 
     def _finish(self, transfer: bytes, fetch: _Fetch) -> None:

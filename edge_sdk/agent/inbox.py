@@ -9,7 +9,7 @@ from pathlib import Path
 from edge_sdk.protocol.trainer import TrainerReply
 from edge_sdk.transport.base import Connection, Inbound
 
-__all__ = ["AgentEvent", "ExportRequest", "GateChanged", "Pause", "Resume", "Stop"]
+__all__ = ["AgentEvent", "ExportRequest", "GateChanged", "GatesAltered", "Pause", "Resume", "Stop"]
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,17 @@ class GateChanged:
 
 
 @dataclass(frozen=True)
+class GatesAltered:
+    """There is another gate, or one less: look at them now."""
+
+
+@dataclass(frozen=True)
 class ExportRequest:
     """Write the newest version held as a PEFT folder, and put its path into ``result``."""
 
     result: Future[Path]
 
 
-AgentEvent = Inbound | Connection | TrainerReply | Pause | Resume | Stop | GateChanged | ExportRequest
+AgentEvent = (
+    Inbound | Connection | TrainerReply | Pause | Resume | Stop | GateChanged | GatesAltered | ExportRequest
+)

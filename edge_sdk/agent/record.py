@@ -270,6 +270,11 @@ class AgentRecord:
     def ledger(self, run: str) -> dict[str, int]:
         return dict(self._db.execute("SELECT key, value FROM ledger WHERE run=?", (run,)).fetchall())
 
+    def keep_days(self, most: int) -> None:
+        """Forgets the traffic of all but the newest days, whose ledgers are named ``day 2026-01-31``."""
+        days = "SELECT DISTINCT run FROM ledger WHERE run LIKE 'day %' ORDER BY run DESC LIMIT ?"
+        self._db.execute(f"DELETE FROM ledger WHERE run LIKE 'day %' AND run NOT IN ({days})", (most,))  # noqa: S608
+
     def objects(self) -> set[Digest]:
         """Every object that something still refers to."""
         digests = {ref.object for ref in self.versions().values()}

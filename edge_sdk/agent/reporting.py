@@ -13,6 +13,8 @@ from edge_sdk.agent.joining import Joining
 from edge_sdk.agent.lock import holder
 from edge_sdk.agent.record import AgentRecord, RoundRow
 from edge_sdk.agent.rounds import Rounds
+from edge_sdk.agent.traffic import Traffic
+from edge_sdk.clock import SystemClock
 from edge_sdk.config.agent import AgentConfig
 from edge_sdk.config.broker import parse_broker_url
 from edge_sdk.errors import ConfigError, EdgeError
@@ -31,14 +33,18 @@ def speaks_readably(config: AgentConfig) -> bool:
 
 
 def status_record(
-    context: Context, joining: Joining, position: RoundPosition | None, gate: str | None
+    context: Context, joining: Joining, position: RoundPosition | None
 ) -> Status | None:
     """The status as of now; None before the agent is ready to join."""
     run, fingerprint, described, fit = joining.run, joining.fingerprint, joining.described, joining.fit
     if run is None or fingerprint is None or described is None or fit is None:
         return None
     config = context.config
-    limits = {"memory_mb": config.limits.memory_mb, "uplink_kbps": config.limits.uplink_kbps}
+    limits = {
+        "memory_mb": config.limits.memory_mb,
+        "uplink_kbps": config.limits.uplink_kbps,
+        "traffic_mb_per_day": config.gates.traffic_mb_per_day,
+    }
     held = context.record.versions()
     return Status(
         device=context.device,
@@ -47,7 +53,7 @@ def status_record(
         device_class=config.agent.device_class,
         emulated=config.agent.emulated,
         permission=context.permission,
-        reason=gate or "",
+        reason=context.gate or "",
         fingerprint=fingerprint,
         mechanisms=described.mechanisms,
         samples=described.samples,
@@ -77,6 +83,7 @@ def live_state(
         "aggregator": "unknown" if aggregator is None else "ready" if aggregator.ready else "away",
         "finished": aggregator is not None and aggregator.finished,
         "permission": context.permission,
+        "reason": context.gate or "",
         "joined": joining.ready,
         "state": rounds.state,
         "trainer": context.desk.task or ("loaded" if context.desk.trainer.loaded else "unloaded"),
@@ -98,6 +105,7 @@ def folder_status(config: AgentConfig) -> dict[str, Any]:
         "broker": config.broker.url,
         "insecure": speaks_readably(config),
         "limits": msgspec.to_builtins(config.limits),
+        "gates": msgspec.to_builtins(config.gates),
         "run": None,
     }
     path = folder / "agent.db"
@@ -108,7 +116,7 @@ def folder_status(config: AgentConfig) -> dict[str, Any]:
         run = record.run
         live = msgspec.json.decode(record.get("live") or "{}")
         if pid is None:
-            live.update(connected=False, trainer="unloaded", aggregator="unknown")
+            live.update(connected=False, trainer="unloaded", aggregator="unknown", reason="")
         status.update(live)
         status.update(
             run=None if run is None else run.run,
@@ -121,6 +129,7 @@ def folder_status(config: AgentConfig) -> dict[str, Any]:
             ],
             owed=[owed.round for owed in record.owed()],
             ledger={} if run is None else record.ledger(run.nonce),
+            traffic_today=Traffic(record, SystemClock(), None).used,
             rounds=[_round(row) for row in record.rounds()],
         )  # fmt: skip
     finally:

@@ -125,7 +125,15 @@ class Rounds:
             case "judge" if reply is not None:
                 self._judge(reply)
             case "give-up":
-                self.decline("deadline", "the round's deadline passed on this device")
+                self.decline(*self._overdue())
+
+    def _overdue(self) -> tuple[DeclineReason, str]:
+        """What held the round up until its deadline."""
+        if self._context.permission == "gated":
+            return "gate", f"closed gates until the round's deadline: {self._context.gate}"
+        if self._context.permission == "paused":
+            return "paused", "the device was paused until the round's deadline"
+        return "deadline", "the round's deadline passed on this device"
 
     def refuse(self, offer: Offer, reason: DeclineReason, message: str) -> None:
         """Declines an offer without having taken it, for good."""

@@ -45,17 +45,19 @@ class Standing:
         context = self._context
         context.publish(context.topics.presence(context.device), self.presence(online), retain=True)
 
-    def report(self, aggregator: AggregatorState | None, gate: str | None) -> None:
+    def report(self, aggregator: AggregatorState | None) -> None:
         """Says the status as of now, where somebody hears it."""
         context = self._context
         self._due = context.clock.monotonic() + self._about(_REPEAT_S)
         self._was_idle = self._rounds.state == "idle"
         present = 0 if aggregator is None else aggregator.round
-        status = status_record(context, self._joining, self._rounds.position(present), gate)
+        status = status_record(context, self._joining, self._rounds.position(present))
         if status is not None and context.say(status):
-            context.emit("agent.reported", permission=status.permission, holds=list(status.holds))
+            context.emit(
+                "agent.reported", permission=status.permission, reason=status.reason, holds=list(status.holds)
+            )  # fmt: skip
 
-    def tick(self, aggregator: AggregatorState | None, gate: str | None, now: float) -> float | None:
+    def tick(self, aggregator: AggregatorState | None, now: float) -> float | None:
         """Reports where it is time to. Returns when to look again."""
         context = self._context
         if not context.reachable or aggregator is None:
@@ -63,13 +65,13 @@ class Standing:
         if self._rounds.state != "idle":
             self._was_idle = False
         elif not self._was_idle:
-            self.report(aggregator, gate)
+            self.report(aggregator)
         if aggregator.round > self._round and context.record.round(context.nonce, aggregator.round) is None:
             self._due = min(self._due, now + self._about(_REPEAT_S / 10))
         self._round = aggregator.round
         if now >= self._due:
             self.be_present()
-            self.report(aggregator, gate)
+            self.report(aggregator)
         return self._due
 
     def _about(self, seconds: float) -> float:

@@ -153,6 +153,9 @@ class Uploads:
                     transfer.heard = now
                     return now + wait
                 break
+            if not context.may_move(item.announce.chunk_bytes + HEADER_BYTES):
+                transfer.heard = now
+                return now + context.traffic.tomorrow_s
             try:
                 frame = sender.next_frame(now)
             except StateError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from datetime import datetime
 from typing import Any
 
 from edge_sdk.events import Event
@@ -67,8 +68,9 @@ def _line(event: Event) -> str:
         case "round.offer":
             return f"round {f['round']}: offered {f['candidates']} candidates, {f['deadline_s']:.0f} s"
         case "round.choice":
+            again = "smaller: " if f["attempt"] else ""
             return (
-                f"round {f['round']}: depth {f['depth']}, {f['quantized_layers']} layers quantized "
+                f"round {f['round']}: {again}depth {f['depth']}, {f['quantized_layers']} layers quantized "
                 f"({f['peak_mb']:.0f} MB, {f['seconds']:.1f} s, {f['bytes_up'] / 1e3:.0f} kB); "
                 f"bound by {f['binding']}" + (f": {f['reason']}" if f["reason"] else "")
             )
@@ -88,6 +90,11 @@ def _line(event: Event) -> str:
             return f"round {f['round']}: received"
         case "update.refused":
             return f"round {f['round']}: update refused ({f['reason']}): {f['message']}"
+        case "traffic.spent":
+            return (
+                f"{f['bytes'] / 1e6:.1f} MB of today's {f['mb_per_day']:g} MB are used: what is large waits "
+                f"until {datetime.fromtimestamp(f['until']):%Y-%m-%d %H:%M}"  # noqa: DTZ006
+            )
         case "run.finished":
             return f"run {f['run']} has finished"
         case "problem":

@@ -39,6 +39,8 @@ def _lines(status: dict[str, Any]) -> list[str]:
             f"state     {'connected' if status['connected'] else 'no connection'}, {status['permission']}, "
             f"round {status['state']}, trainer {status['trainer']}"
         )
+    if status["reason"]:
+        lines.append(f"gates     closed: {status['reason']}")
     lines.append(f"run       {status['run']}{', finished' if status['finished'] else ''}")
     lines.append(f"versions  {', '.join(map(str, status['versions'])) or 'none'}")
     lines += [f"outbox    round {i['round']}: {i['state']}, {i['bytes']} bytes" for i in status["outbox"]]
@@ -54,4 +56,7 @@ def _lines(status: dict[str, Any]) -> list[str]:
     ledger = status["ledger"]
     lines.append(f"traffic   {ledger.get('bytes_up', 0)} bytes up, {ledger.get('bytes_down', 0)} down, "
                  f"{ledger.get('bytes_resent', 0)} sent again")  # fmt: skip
+    allowed = status["gates"]["traffic_mb_per_day"]
+    if allowed is not None:
+        lines.append(f"today     {status['traffic_today'] / 1e6:.1f} of {allowed:g} MB")
     return lines

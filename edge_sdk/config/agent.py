@@ -13,7 +13,22 @@ from edge_sdk.protocol.base import Name, NotNegative, Record, Text
 from edge_sdk.protocol.base_plan import BasePlan
 from edge_sdk.protocol.trainer import DataSource
 
-__all__ = ["AgentConfig", "AgentSection", "BaseSection", "DataSection", "LimitsSection", "TrainerSection"]
+__all__ = [
+    "AgentConfig",
+    "AgentSection",
+    "BaseSection",
+    "DataSection",
+    "GatesSection",
+    "LimitsSection",
+    "TrainerSection",
+]
+
+_HOUR = r"([01]\d|2[0-3]):[0-5]\d"
+Hours = Annotated[
+    str, msgspec.Meta(pattern=rf"^{_HOUR}-{_HOUR}\Z", description='from and until, as in "22:00-07:00"')
+]
+Percent = Annotated[float, msgspec.Meta(ge=0, le=100)]
+Celsius = Annotated[float, msgspec.Meta(ge=0, le=150)]
 
 
 class AgentSection(Record, frozen=True, kw_only=True):
@@ -83,6 +98,25 @@ class LimitsSection(Record, frozen=True, kw_only=True):
     """Where. In memory it is part of ``memory_mb``; on disk, a file without a name in the state folder."""
 
 
+class GatesSection(Record, frozen=True, kw_only=True):
+    """When the agent may work. A gate that is closed postpones work, or has a smaller candidate chosen."""
+
+    min_battery_percent: Percent | None = None
+    """On battery and below it: no work."""
+    ac_only: bool = False
+    battery_training_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    """On battery a round may train for so long, as predicted; what takes longer is not chosen."""
+    max_temperature_c: Celsius | None = None
+    """Of the hottest sensor; above it: no work until it is below by the margin."""
+    temperature_margin_c: Celsius = 5.0
+    quiet_hours: tuple[Hours, ...] = ()
+    """Windows of local time in which nothing is computed; one may span midnight."""
+    traffic_mb_per_day: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    """Both ways together, by the local day; updates wait for the next one."""
+    check_s: Annotated[float, msgspec.Meta(ge=1, le=3600)] = 10.0
+    """How often the gates are looked at."""
+
+
 class AgentConfig(Record, frozen=True, kw_only=True):
     """All of ``agent.toml``. Paths are relative to the file and absolute after loading."""
 
@@ -92,3 +126,4 @@ class AgentConfig(Record, frozen=True, kw_only=True):
     data: DataSection
     trainer: TrainerSection = TrainerSection()
     limits: LimitsSection = LimitsSection()
+    gates: GatesSection = GatesSection()

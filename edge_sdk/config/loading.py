@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import msgspec
 
-from edge_sdk.config.agent import AgentConfig, AgentSection, DataSection, TrainerSection
+from edge_sdk.config.agent import AgentConfig, AgentSection, DataSection, GatesSection, TrainerSection
 from edge_sdk.config.broker import BrokerConfig, check_broker, is_embedded
 from edge_sdk.config.checking import Rules, Schema, check, read_toml
 from edge_sdk.config.problems import Problem, shown
@@ -42,6 +42,7 @@ def load_agent_config(path: str | Path) -> AgentConfig:
         "broker": _check_agent_broker,
         "data": _check_data,
         "trainer": _check_trainer,
+        "gates": _check_gates,
     }
     return _load(path, AgentConfig, _RUN, rules)
 
@@ -107,6 +108,16 @@ def _check_trainer(trainer: TrainerSection) -> list[Problem]:
     except ConfigError as error:
         return [Problem("trainer.base_plan", error.message, error.hint)]
     return []
+
+
+def _check_gates(gates: GatesSection) -> list[Problem]:
+    problems = []
+    for window in gates.quiet_hours:
+        begin, _, end = window.partition("-")
+        if begin == end:
+            what = f"received {shown(window)}, which begins as it ends"
+            problems.append(Problem("gates.quiet_hours", what, "for a whole day write two windows"))
+    return problems
 
 
 def _check_run(run: RunSection) -> list[Problem]:

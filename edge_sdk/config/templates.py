@@ -102,6 +102,19 @@ path = <DATA>
 # prefix_cache_mb = 0      # room to keep what the frozen layers give, over the epochs of a round: rows seen
 #                          # again then skip them, which saves most of a step where few layers are tuned
 # prefix_cache = "memory"  # memory (part of memory_mb) or disk
+
+[gates]
+# when this device may work; the server is told why it does not. Training is interrupted within a step, and the
+# same choice trained again from its start, if the round's deadline allows: each interruption costs that time
+# min_battery_percent = 30 # on battery and below it: no work, and rounds go on without this device
+# ac_only = false          # true: no work on battery at all
+# battery_training_s = 120 # on battery: train at most so long a round, so fewer layers are tuned
+# max_temperature_c = 80   # hottest sensor above it: no work until it has cooled down by the margin
+# temperature_margin_c = 5 # small: training starts and stops often; large: it stands still for longer
+# quiet_hours = ["22:00-07:00"]  # local time; nothing is computed then, several windows may be given
+# traffic_mb_per_day = 500 # both ways (10^6 bytes): a smaller update is chosen, or the round left out, and an
+#                          # update that waits until tomorrow counts for less when it comes
+# check_s = 10             # how often gates are looked at; longer wakes less often and notices later
 """
 )
 

@@ -20,6 +20,8 @@ KINDS = [
 ]
 # Keys whose default is "none", so that their template shows an example.
 NO_DEFAULT = {"device_class", "username", "password_file", "ca", "cert", "key", "memory_mb", "uplink_kbps"}
+NO_DEFAULT |= {"min_battery_percent", "battery_training_s", "max_temperature_c", "quiet_hours"}
+NO_DEFAULT |= {"traffic_mb_per_day"}
 NO_DEFAULT |= {"deadline_s", "template", "base_plan", "factors", "layers"}
 
 
