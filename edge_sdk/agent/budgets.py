@@ -1,4 +1,4 @@
-"""What this device may use now: memory above the resting trainer, and its link."""
+"""What this device may use now: memory above the resting trainer, link, battery, the day's traffic."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from edge_sdk.agent.context import Context
 from edge_sdk.errors import MissingExtraError
 from edge_sdk.protocol.measure import Fit, Link, Memory
 
-__all__ = ["keep_rate", "link_now", "memory_now"]
+__all__ = ["energy_now", "keep_rate", "link_now", "memory_now", "traffic_now"]
 
 
 def memory_now(context: Context, fit: Fit, device: str) -> Memory:
@@ -64,6 +64,22 @@ def link_now(context: Context) -> Link:
         return Link(up_bps=up_bps, down_bps=down_bps, source="configured")
     known = up_bps is not None or down_bps is not None
     return Link(up_bps=up_bps, down_bps=down_bps, source="measured" if known else "unknown")
+
+
+def traffic_now(context: Context) -> float | None:
+    """Bytes that a round may still move today, the updates on their way taken off; None: any amount."""
+    if context.traffic.most_mb is None:
+        return None
+    owed = sum(max(0, one.announce.bytes - one.bytes_sent) for one in context.record.outbox.items())
+    return max(0.0, context.traffic.left - owed)
+
+
+def energy_now(context: Context) -> float | None:
+    """Seconds that a round may train; None: as long as it likes, the machine not being on battery."""
+    allowed = context.config.gates.battery_training_s
+    if allowed is None or context.machine.read_profile(disk=context.folder).on_ac is not False:
+        return None
+    return allowed
 
 
 def keep_rate(context: Context, way: str, bits_per_second: float) -> None:

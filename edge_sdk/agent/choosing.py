@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from edge_sdk.agent.budgets import link_now, memory_now
+from edge_sdk.agent.budgets import energy_now, link_now, memory_now, traffic_now
 from edge_sdk.agent.context import Context
 from edge_sdk.agent.joining import Joining, setup_for
 from edge_sdk.agent.record import RoundRow
@@ -97,6 +97,7 @@ def _budgets(context: Context, row: RoundRow, fit: Fit, described: Described, no
     return Budgets(
         memory_mb=memory.budget_mb, deadline_s=min(row.offer.time_budget_s, left_s), latest_s=left_s,
         up_bps=link.up_bps, down_bps=link.down_bps, prefix=prefix,
+        traffic_bytes=traffic_now(context), energy_s=energy_now(context),
     )  # fmt: skip
 
 

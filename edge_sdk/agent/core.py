@@ -227,11 +227,11 @@ class Core:
         return self.gating.due(now)
 
     def _on_gate(self, reason: str | None) -> None:
-        context, before = self.context, self.context.permission
+        context, before = self.context, (self.context.permission, self.context.gate)
         context.gate = reason
         self._occasion("gate-passed" if reason is None else "gate-failed")
-        if before == context.permission == "gated":
-            self._report()  # for another reason now
+        if context.permission == "gated" == before[0] and reason != before[1]:
+            self._report()  # gated for another reason now
 
     def _on_connection(self, event: Connection) -> None:
         context = self.context

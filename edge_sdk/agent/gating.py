@@ -32,7 +32,8 @@ class Gating:
 
     def due(self, now: float) -> float | None:
         """When to look, at the earliest ``now``; None: there is nothing to look at."""
-        return max(now, self._next) if self._gates.any or self._own else None
+        watched = self._gates.any or self._own or self._before[1] is not None
+        return max(now, self._next) if watched else None
 
     def hurry(self) -> None:
         """Something may have changed: look now."""
@@ -50,7 +51,7 @@ class Gating:
             profile = self._context.machine.read_profile(disk=self._context.folder)
             for line in self._gates.blind(profile):
                 self._tell_once(line, "the work goes on without; take the key out of [gates]")
-        local = datetime.fromtimestamp(self._context.clock.wall()).time()  # noqa: DTZ006 - the owner's day
+        local = datetime.fromtimestamp(self._context.clock.wall()).time()
         closed = [*self._gates.closed(profile, local), *self._closed_by_app()]
         names = {one.gate for one in closed}
         if names != self._before[0]:

@@ -14,7 +14,7 @@ from edge_sdk.agent.lock import holder
 from edge_sdk.agent.record import AgentRecord, RoundRow
 from edge_sdk.agent.rounds import Rounds
 from edge_sdk.agent.traffic import Traffic
-from edge_sdk.clock import SystemClock
+from edge_sdk.clock import Clock, SystemClock
 from edge_sdk.config.agent import AgentConfig
 from edge_sdk.config.broker import parse_broker_url
 from edge_sdk.errors import ConfigError, EdgeError
@@ -32,9 +32,7 @@ def speaks_readably(config: AgentConfig) -> bool:
     return not address.tls and not address.loopback
 
 
-def status_record(
-    context: Context, joining: Joining, position: RoundPosition | None
-) -> Status | None:
+def status_record(context: Context, joining: Joining, position: RoundPosition | None) -> Status | None:
     """The status as of now; None before the agent is ready to join."""
     run, fingerprint, described, fit = joining.run, joining.fingerprint, joining.described, joining.fit
     if run is None or fingerprint is None or described is None or fit is None:
@@ -91,7 +89,7 @@ def live_state(
     }
 
 
-def folder_status(config: AgentConfig) -> dict[str, Any]:
+def folder_status(config: AgentConfig, clock: Clock | None = None) -> dict[str, Any]:
     """The agent as its state folder tells it, whether it runs or not. Raises StateError for a damaged one."""
     folder = Path(config.agent.state_dir)
     pid = holder(folder)
@@ -129,7 +127,7 @@ def folder_status(config: AgentConfig) -> dict[str, Any]:
             ],
             owed=[owed.round for owed in record.owed()],
             ledger={} if run is None else record.ledger(run.nonce),
-            traffic_today=Traffic(record, SystemClock(), None).used,
+            traffic_today=Traffic(record, clock or SystemClock(), None).used,
             rounds=[_round(row) for row in record.rounds()],
         )  # fmt: skip
     finally:

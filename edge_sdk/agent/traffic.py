@@ -51,9 +51,9 @@ class Traffic:
     @property
     def tomorrow_s(self) -> float:
         """Seconds until the next local day."""
-        now = datetime.fromtimestamp(self._clock.wall())  # noqa: DTZ006 - the owner's day
+        now = datetime.fromtimestamp(self._clock.wall())
         next_day = datetime.combine(now.date() + timedelta(days=1), datetime.min.time())
         return next_day.timestamp() - now.timestamp()
 
     def _today(self) -> str:
-        return f"day {datetime.fromtimestamp(self._clock.wall()):%Y-%m-%d}"  # noqa: DTZ006
+        return f"day {datetime.fromtimestamp(self._clock.wall()):%Y-%m-%d}"

@@ -93,7 +93,7 @@ def _line(event: Event) -> str:
         case "traffic.spent":
             return (
                 f"{f['bytes'] / 1e6:.1f} MB of today's {f['mb_per_day']:g} MB are used: what is large waits "
-                f"until {datetime.fromtimestamp(f['until']):%Y-%m-%d %H:%M}"  # noqa: DTZ006
+                f"until {datetime.fromtimestamp(f['until']):%Y-%m-%d %H:%M}"
             )
         case "run.finished":
             return f"run {f['run']} has finished"

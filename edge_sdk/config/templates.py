@@ -104,8 +104,8 @@ path = <DATA>
 # prefix_cache = "memory"  # memory (part of memory_mb) or disk
 
 [gates]
-# when this device may work; the server is told why it does not. Training is interrupted within a step, and the
-# same choice trained again from its start, if the round's deadline allows: each interruption costs that time
+# when this device may work; the server is told why it does not. A gate that closes interrupts the training
+# within a step; it begins anew once the gate opens, if the round's deadline allows: that costs its time twice
 # min_battery_percent = 30 # on battery and below it: no work, and rounds go on without this device
 # ac_only = false          # true: no work on battery at all
 # battery_training_s = 120 # on battery: train at most so long a round, so fewer layers are tuned

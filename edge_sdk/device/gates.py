@@ -40,12 +40,16 @@ class Gates:
     @property
     def reads_machine(self) -> bool:
         """Whether one needs battery, supply or temperature."""
-        config = self._config
-        return config.min_battery_percent is not None or config.ac_only or config.max_temperature_c is not None
+        return self._watches_power or self._config.max_temperature_c is not None
+
+    @property
+    def _watches_power(self) -> bool:
+        return self._config.min_battery_percent is not None or self._config.ac_only
 
     def closed(self, profile: Profile, local: time) -> tuple[Closed, ...]:
         """Those that do not pass at that local time."""
-        found = (self._battery(profile), self._supply(profile), self._temperature(profile), self._quiet(local))
+        power = (self._battery(profile), self._supply(profile))
+        found = (*power, self._temperature(profile), self._quiet(local))
         return tuple(one for one in found if one is not None)
 
     def blind(self, profile: Profile) -> tuple[str, ...]:
@@ -54,11 +58,9 @@ class Gates:
         told = []
         if config.max_temperature_c is not None and profile.temperature_c is None:
             told.append(f"gates.max_temperature_c has no effect: {reasons.get('temperature_c', 'not read')}")
-        watches_battery = config.min_battery_percent is not None or config.ac_only
-        if watches_battery and profile.on_ac is None and profile.battery_percent is None:
-            told.append(
-                f"the gates for battery and supply have no effect: {reasons.get('battery_percent', 'not read')}"
-            )
+        if self._watches_power and profile.on_ac is None and profile.battery_percent is None:
+            why = reasons.get("battery_percent", "not read")
+            told.append(f"the gates for battery and supply have no effect: {why}")
         return tuple(told)
 
     def _battery(self, profile: Profile) -> Closed | None:

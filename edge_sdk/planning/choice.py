@@ -68,6 +68,8 @@ class Budgets:
     ``latest_s``: until the round closes, where that is later: where nothing meets ``deadline_s``, which is
     only aimed at, the quickest candidate is taken as long as it meets this one. None: no such room.
     ``prefix``: room for what enters the lowest tuned layer, kept over the epochs; None: it is not kept.
+    ``traffic_bytes``: what may still go over the link today, both ways; None: any amount.
+    ``energy_s``: how long the device may train on what drives it, its battery; None: as long as it likes.
     """
 
     memory_mb: float
@@ -76,6 +78,8 @@ class Budgets:
     down_bps: float | None = None
     latest_s: float | None = None
     prefix: PrefixRoom | None = None
+    traffic_bytes: float | None = None
+    energy_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -93,10 +97,11 @@ class Chosen:
 class Infeasible:
     """No candidate meets the budgets. ``reason`` is a ``DeclineReason``.
 
-    ``trainer``: the fit says nothing about what is offered (another batch, length or precision).
+    ``trainer``: the fit says nothing about what is offered (another batch, length or precision). ``gate``:
+    the day's traffic or the battery's time is too little.
     """
 
-    reason: Literal["memory", "deadline", "trainer"]
+    reason: Literal["memory", "deadline", "trainer", "gate"]
     message: str
 
 
@@ -107,6 +112,8 @@ class _Option:
     memory_use: float
     """Predicted peak over what may be filled; above 1: does not fit."""
     time_use: float
+    traffic_use: float = 0.0
+    energy_use: float = 0.0
 
     @property
     def rank(self) -> tuple[float, float, str]:
@@ -115,7 +122,12 @@ class _Option:
     @property
     def exceeds(self) -> tuple[Budget, ...]:
         late: Budget = "link" if self.time.link_s > self.time.train_s else "compute"
-        over: list[tuple[float, Budget]] = [(self.memory_use, "memory"), (self.time_use, late)]
+        over: list[tuple[float, Budget]] = [
+            (self.memory_use, "memory"),
+            (self.time_use, late),
+            (self.traffic_use, "traffic"),
+            (self.energy_use, "energy"),
+        ]
         return tuple(budget for use, budget in sorted(over, reverse=True) if use > 1.0)
 
 
@@ -281,6 +293,8 @@ def _options(
                 time,
                 memory_use=_use(own.peak_mb, MEMORY_SAFETY * budgets.memory_mb),
                 time_use=_use(own.seconds, budgets.deadline_s),
+                traffic_use=_use(own.bytes_up + own.bytes_down, budgets.traffic_bytes),
+                energy_use=_use(time.train_s, budgets.energy_s),
             )
         )
     return options
@@ -291,6 +305,9 @@ def _use(need: float, room: float | None) -> float:
     if room is None or need <= room:
         return need / room if room else 0.0
     return max(need / room, 1.0 + 1e-9) if room > 0 else float("inf")
+
+
+_GATED: tuple[Budget, ...] = ("traffic", "energy")
 
 
 def _binding(excluded: Sequence[_Option]) -> tuple[Budget, _Option | None]:
@@ -308,7 +325,9 @@ def _late(options: Sequence[_Option], budgets: Budgets) -> Chosen | None:
     in_time = [
         o
         for o in options
-        if o.memory_use <= 1.0 and budgets.latest_s is not None and o.candidate.seconds <= budgets.latest_s
+        if not {"memory", *_GATED}.intersection(o.exceeds)
+        and budgets.latest_s is not None
+        and o.candidate.seconds <= budgets.latest_s
     ]
     if not in_time:
         return None
@@ -328,6 +347,13 @@ def _explain(option: _Option, budgets: Budgets) -> str:
                 f"needs {option.candidate.peak_mb:.0f} MB above rest and "
                 f"{MEMORY_SAFETY * budgets.memory_mb:.0f} MB may be used"
             )
+        elif budget == "traffic":
+            moved = (option.candidate.bytes_up + option.candidate.bytes_down) / 1e6
+            left = (budgets.traffic_bytes or 0.0) / 1e6
+            told.append(f"moves {moved:.2f} MB and {left:.2f} MB are left for today")
+        elif budget == "energy":
+            allowed = budgets.energy_s or 0.0
+            told.append(f"trains {option.time.train_s:.1f} s and {allowed:.1f} s are allowed on battery")
         else:
             told.append(
                 f"takes {option.candidate.seconds:.1f} s ({option.time.train_s:.1f} s training, "
@@ -338,7 +364,12 @@ def _explain(option: _Option, budgets: Budgets) -> str:
 
 def _infeasible(options: Sequence[_Option], budgets: Budgets) -> Infeasible:
     in_memory = [o for o in options if o.memory_use <= 1.0]
+    allowed = [o for o in in_memory if not set(_GATED).intersection(o.exceeds)]
+    if in_memory and not allowed:
+        least = min(in_memory, key=lambda o: (max(o.traffic_use, o.energy_use), o.candidate.seconds))
+        return Infeasible("gate", "even " + _explain(least, budgets))
     if in_memory:
+        in_memory = allowed
         return Infeasible(
             "deadline", "even " + _explain(min(in_memory, key=lambda o: o.candidate.seconds), budgets)
         )

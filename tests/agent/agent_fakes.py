@@ -15,6 +15,7 @@ from edge_sdk.config.agent import (
     AgentSection,
     BaseSection,
     DataSection,
+    GatesSection,
     LimitsSection,
 )
 from edge_sdk.config.broker import BrokerConfig
@@ -183,9 +184,11 @@ class FakeMachine:
         self.free_mb = free_mb
         self.gpu_mb: float | None = None
         self.rss_mb: float | None = None
+        self.facts: dict[str, Any] = {}
+        """Of the profile, besides: battery_percent, on_ac, temperature_c."""
 
     def read_profile(self, *, disk: Path | None = None) -> Profile:
-        return Profile(machine="fake", cores=2, memory_mb=16_000, free_mb=self.free_mb)
+        return Profile(machine="fake", cores=2, memory_mb=16_000, free_mb=self.free_mb, **self.facts)
 
     def free_memory_mb(self) -> float | None:
         return self.free_mb
@@ -328,7 +331,7 @@ class FakeAggregator:
 class World:
     """A broker, a fake aggregator, and an agent that can be killed and started again on its folder."""
 
-    def __init__(self, folder: Path, **limits: Any) -> None:
+    def __init__(self, folder: Path, *, gates: GatesSection | None = None, **limits: Any) -> None:
         self.folder = folder
         folder.mkdir(exist_ok=True)
         (folder / "rows.jsonl").write_text('{"text": "a", "label": "no"}\n')
@@ -338,6 +341,7 @@ class World:
             base=BaseSection(path="/base"),
             data=DataSection(path=str(folder / "rows.jsonl")),
             limits=LimitsSection(**limits),
+            gates=gates or GatesSection(),
         )
         self.clock = ManualClock(1000.0)
         self.broker = MemoryBroker()
