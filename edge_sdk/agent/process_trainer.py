@@ -21,6 +21,7 @@ import msgspec
 
 from edge_sdk.agent.trainer_log import TrainerLog
 from edge_sdk.device.allocators import find_allocator
+from edge_sdk.device.cgroups import memory_group, oom_kills
 from edge_sdk.errors import ProtocolError
 from edge_sdk.protocol.pipe import Unframer, frame
 from edge_sdk.protocol.trainer import (
@@ -39,6 +40,7 @@ _log = logging.getLogger(__name__)
 _WORKER = ("-m", "edge_sdk.training.worker")
 _GRACE_S = 5.0
 _READ = 1 << 16
+_ROOT = Path("/")
 
 
 class ProcessTrainer:
@@ -159,7 +161,9 @@ class _Child:
         self._log = log
         self._tell = tell
         self._wanted = True
-        self._kills_before = _oom_kills()
+        self._group: Path | None = None
+        self._kills_before = oom_kills(_ROOT, None)
+        self._watch_group()
         self._logger = threading.Thread(target=self._read_log, name="trainer-log", daemon=True)
         self._reader = threading.Thread(target=self._read_replies, name="trainer-replies", daemon=True)
         self._logger.start()
@@ -206,6 +210,7 @@ class _Child:
         unframer = Unframer()
         try:
             while data := self._pipe.recv(_READ):
+                self._watch_group()
                 for message in unframer.feed(data):
                     self._pass_on(decode_reply(message))
         except OSError as error:
@@ -222,6 +227,12 @@ class _Child:
             self._spent |= isinstance(reply, Failed) and reply.cause == "memory"
             self._tell(reply)
 
+    def _watch_group(self) -> None:
+        """Which memory group it is in; whoever limits it may put it into another one after its start."""
+        group = memory_group(_ROOT, self.process.pid)
+        if group is not None and group != self._group:
+            self._group, self._kills_before = group, oom_kills(_ROOT, group)
+
     def _bury(self) -> None:
         """The pair is closed: the process is gone, or has nothing more to say."""
         self._shut()
@@ -236,7 +247,7 @@ class _Child:
             active, self.active = self.active, None
         self._pipe.close()
         if self._wanted and active is not None:
-            memory = exit_status == -signal.SIGKILL and _oom_kills() > self._kills_before
+            memory = exit_status == -signal.SIGKILL and oom_kills(_ROOT, self._group) > self._kills_before
             self._tell(Died(id=active, memory=memory, exit=exit_status, message=self._epitaph(exit_status)))
 
     def _epitaph(self, status: int) -> str:
@@ -273,19 +284,3 @@ def _environment(offline: bool) -> dict[str, str]:
         # Run from a source tree: the worker starts in another folder and must find the same package.
         env["PYTHONPATH"] = os.pathsep.join(filter(None, (root, env.get("PYTHONPATH"))))
     return env
-
-
-def _oom_kills() -> int:
-    """How often the kernel killed a process of this memory cgroup (version 2) for want of memory."""
-    try:
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            hierarchy, _, path = line.split(":", 2)
-            if hierarchy == "0":
-                events = Path("/sys/fs/cgroup") / path.lstrip("/") / "memory.events"
-                for entry in events.read_text().splitlines():
-                    name, _, count = entry.partition(" ")
-                    if name == "oom_kill":
-                        return int(count)
-    except (OSError, ValueError):
-        return 0
-    return 0

@@ -101,6 +101,22 @@ def test_pause_resume_and_stop_from_another_thread(stage: Stage) -> None:
         agent.pause()
 
 
+def test_an_apps_gate_may_come_and_go_while_the_agent_runs(stage: Stage) -> None:
+    agent = stage.agent()
+    in_use = [True]
+    agent.gate("user", lambda: not in_use[0])
+    agent.start()
+    stage.aggregator.hello()
+    stage.until(lambda: agent.status().get("reason") == "user: closed by the app")
+    take_away = agent.gate("user", lambda: True)
+    stage.until(lambda: stage.aggregator.got(Status))
+    assert stage.aggregator.got(Status)[-1].permission == "running"
+    agent.gate("thesis", lambda: False)
+    take_away()
+    stage.until(lambda: stage.aggregator.got(Status)[-1].reason == "thesis: closed by the app")
+    agent.stop()
+
+
 def test_two_agents_on_one_folder(stage: Stage) -> None:
     with stage.agent() as agent:
         with pytest.raises(StateError, match="in use by process"):
