@@ -138,11 +138,15 @@ def quantize_base(
 
 
 @app.command("device-classes")
-def device_classes(json: JsonOption = False) -> None:
-    """The device classes that agent.device_class may name, with their vendors' figures."""
+def device_classes(
+    links: Annotated[bool, typer.Option("--links", help="The link classes instead.")] = False,
+    fleets: Annotated[bool, typer.Option("--fleets", help="The fleets instead.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """The device classes that agent.device_class may name, with figures and their sources."""
     from edge_sdk.cli.starting import list_classes
 
-    list_classes(as_json=json)
+    list_classes(links=links, all_fleets=fleets, as_json=json)
 
 
 @app.callback()

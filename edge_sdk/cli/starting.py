@@ -3,28 +3,59 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 
 import msgspec
 import typer
 
 from edge_sdk.device.classes import DeviceClass, device_classes
+from edge_sdk.device.fleets import Fleet, fleets
+from edge_sdk.device.links import LinkClass, link_classes
+from edge_sdk.device.sourced import Figure
+from edge_sdk.errors import ConfigError
+from edge_sdk.protocol.base import Record
 
 __all__ = ["list_classes"]
 
 
-def list_classes(*, as_json: bool) -> None:
-    classes = device_classes()
+def list_classes(*, links: bool = False, all_fleets: bool = False, as_json: bool) -> None:
+    """Device classes; or link classes, or fleets. Raises ConfigError where both of these are asked for."""
+    if links and all_fleets:
+        raise ConfigError("received --links and --fleets", "ask for one of them")
+    if links:
+        _show(link_classes(), map(_link, link_classes().values()), as_json=as_json)
+    elif all_fleets:
+        _show(fleets(), map(_fleet, fleets().values()), as_json=as_json)
+    else:
+        _show(device_classes(), map(_class, device_classes().values()), as_json=as_json)
+
+
+def _show(found: Mapping[str, Record], lines: Iterable[str], *, as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps([msgspec.to_builtins(one) for one in classes.values()]))
+        typer.echo(json.dumps([msgspec.to_builtins(one) for one in found.values()]))
         return
-    width = max(map(len, classes), default=0)
-    for name, one in classes.items():
-        typer.echo(f"{name:<{width}}  {_memory(one):>9}  {_runs(one):<13}  {one.title}")
+    width = max(map(len, found), default=0)
+    for name, line in zip(found, lines, strict=True):
+        typer.echo(f"{name:<{width}}  {line}")
 
 
-def _memory(one: DeviceClass) -> str:
-    return "" if one.memory_mb is None else f"{one.memory_mb.value:.0f} MB"
+def _class(one: DeviceClass) -> str:
+    memory = one.accelerator_memory_mb or one.memory_mb
+    runs = {"native": "runs agent", "container": "container", "no": "simulated"}[one.runs_agent]
+    count = len(one.power_modes)
+    modes = f"{count} mode{'s' if count > 1 else ''}" if count else ""
+    return f"{_number(memory, 'MB'):>9}  {runs:<10}  {modes:<7}  {one.title}"
 
 
-def _runs(one: DeviceClass) -> str:
-    return {"native": "runs agent", "container": "container", "no": "simulated"}[one.runs_agent]
+def _link(one: LinkClass) -> str:
+    up, down = _number(one.up_mbps, "up"), _number(one.down_mbps, "down Mb/s")
+    return f"{up:>9}  {down:>15}  {_number(one.rtt_ms, 'ms'):>7}  {one.title}"
+
+
+def _fleet(one: Fleet) -> str:
+    redrawn = f"modes every {one.modes_every.value} rounds" if one.modes_every else "fixed modes"
+    return f"{one.size:>4} devices  {redrawn}  {one.title}"
+
+
+def _number(figure: Figure | None, unit: str) -> str:
+    return "" if figure is None else f"{figure.value:.10g} {unit}"

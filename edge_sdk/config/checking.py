@@ -114,6 +114,8 @@ class _Walk:
             inner = _struct_of(field.type)
             if inner is not None and (name in data or field.default is not None):
                 plain[name] = self.table(inner, data.get(name, {}), prefix + name)
+            elif (several := self._tables(field.type, data.get(name), prefix + name)) is not None:
+                plain[name] = several
             elif name in data:
                 plain[name] = self._value(hint.type, field.type, data[name], prefix + name)
             elif _path_kind(field.type) and isinstance(field.default, str):
@@ -121,6 +123,17 @@ class _Walk:
             elif field.required:
                 self.problems.append(Problem(prefix + name, f"is missing; allowed: {_describe(field.type)}"))
         return plain
+
+    def _tables(self, info: inspect.Type, value: Any, key: str) -> Any:
+        """A list of tables, or tables under names, walked one by one; None: the value is neither."""
+        match _bare(info):
+            case inspect.VarTupleType(item_type=item) if isinstance(value, list) and value:
+                if (kind := _struct_of(item)) is not None:
+                    return [self.table(kind, one, f"{key}[{at}]") for at, one in enumerate(value)]
+            case inspect.DictType(value_type=item) if isinstance(value, dict):
+                if (kind := _struct_of(item)) is not None:
+                    return {name: self.table(kind, one, f"{key}.{name}") for name, one in value.items()}
+        return None
 
     def _value(self, hint: Any, info: inspect.Type, value: Any, key: str) -> Any:
         try:

@@ -1,82 +1,56 @@
-"""Device classes: what vendors say of boards and machines, one TOML file each in ``device_profiles``.
+"""Device classes: what is stated of boards and machines, one TOML file each in ``device_profiles``.
 
-They name devices (``agent.device_class``) and feed simulation; what a real device can do is measured on it.
+They name devices (``agent.device_class``), and feed estimates and simulation; what a real device can do is
+measured on it.
 """
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Iterator
 from functools import cache
-from importlib import resources
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 
-from edge_sdk.config.checking import check
-from edge_sdk.config.problems import Problem, nearest, refuse
-from edge_sdk.errors import ConfigError
-from edge_sdk.protocol.base import Name, Record, Text
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from edge_sdk.config.problems import Problem
+from edge_sdk.device.sourced import Fact, Figure, Source, named, parse, read_all
+from edge_sdk.protocol.base import Name, Positive, Record, Text
 
 __all__ = [
     "DeviceClass",
     "Fact",
     "Figure",
-    "PowerModes",
+    "PowerMode",
     "Source",
     "device_class",
     "device_classes",
     "parse_device_class",
 ]
 
-Day = Annotated[
-    str,
-    msgspec.Meta(
-        pattern=r"^\d{4}(-\d{2}(-\d{2})?)?\Z", description='a date as text: "2026", "2026-01", "2026-01-31"'
-    ),
-]
+More = Annotated[float, msgspec.Meta(gt=0)]
 
 
-class Source(Record, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where figures come from: a vendor's page or data sheet."""
+class PowerMode(Record, frozen=True, kw_only=True):
+    """What a power mode sets: highest clocks, and how much is switched on.
 
-    title: Text
-    date: Day
-    """Of the edition, as exactly as it is known."""
-    checked: Day | None = None
-    """When the figures were last compared with the source's text; None: they were not, since written down."""
+    None: not stated; in a mode without ``watts`` there is no limit.
+    """
 
-
-class Figure(Record, frozen=True, kw_only=True):
-    """A number, with the name of its source in ``sources``."""
-
-    value: Annotated[float, msgspec.Meta(gt=0)]
-    source: Name
-    note: Text = ""
-
-
-class Fact(Record, frozen=True, kw_only=True):
-    """A text, with the name of its source."""
-
-    value: Text
-    source: Name
-    note: Text = ""
-
-
-class PowerModes(Record, frozen=True, kw_only=True):
-    """Power budgets that can be set, in watts."""
-
-    value: Annotated[tuple[Annotated[float, msgspec.Meta(gt=0)], ...], msgspec.Meta(min_length=1)]
+    watts: More | None = None
+    """Power budget."""
+    cores: Positive | None = None
+    """Processor cores that are on."""
+    cpu_mhz: More | None = None
+    gpu_mhz: More | None = None
+    cuda_cores: Positive | None = None
+    """CUDA cores that are on, where the mode switches some off."""
+    memory_mhz: More | None = None
     source: Name
     note: Text = ""
 
 
 class DeviceClass(Record, frozen=True, kw_only=True):
-    """One device class. None: no figure that its vendor states is known here."""
+    """One device class. None: no figure is known here; none is estimated."""
 
     name: Name
     title: Text
@@ -86,18 +60,30 @@ class DeviceClass(Record, frozen=True, kw_only=True):
     shared_memory: bool
     """Processor and accelerator share one memory."""
     memory_mb: Figure | None = None
-    """MB of 10^6 bytes."""
+    """MB of 10^6 bytes, as sold."""
+    visible_mb: Figure | None = None
+    """What of it Linux has, as such a board prints it: firmware and carve-outs are gone."""
+    idle_mb: Figure | None = None
+    """What of that is in use on such a board while it does nothing; the note tells of a desktop."""
+    accelerator_memory_mb: Figure | None = None
+    """Its own, where it shares none."""
     processor: Fact | None = None
     cores: Figure | None = None
     """Processor cores, all clusters together."""
     accelerator: Fact | None = None
+    cuda_cores: Figure | None = None
+    gpu_mhz: Figure | None = None
+    """Highest clock of the accelerator."""
+    fp32_tflops: Figure | None = None
     fp16_tflops: Figure | None = None
-    """Peak of dense arithmetic, as the vendor states it."""
+    """Peak of dense arithmetic, as stated."""
     int8_tops: Figure | None = None
     """Peak; the note says whether sparsity and other engines are counted."""
     memory_gb_s: Figure | None = None
+    """Peak; of the accelerator's memory where it has its own."""
     ethernet_mbps: Figure | None = None
-    power_modes_w: PowerModes | None = None
+    power_modes: dict[str, PowerMode] = msgspec.field(default_factory=dict)
+    """By the vendor's name; the order is that of the file."""
     sources: dict[str, Source] = msgspec.field(default_factory=dict)
 
 
@@ -108,41 +94,29 @@ def device_classes() -> dict[str, DeviceClass]:
 
 def device_class(name: str) -> DeviceClass:
     """The class of that name. Raises ConfigError, with those that exist, where there is none."""
-    classes = _installed()
-    if name in classes:
-        return classes[name]
-    meant = nearest(name, classes)
-    hint = f'did you mean "{meant}"? ' if meant else ""
-    raise ConfigError(f'there is no device class "{name}"', f"{hint}those that exist: {', '.join(classes)}")
+    return named(name, "device class", _installed())
 
 
 def parse_device_class(file: str, text: str) -> DeviceClass:
     """One TOML file's class. Raises ConfigError with the file's name and every error of it."""
-    try:
-        data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{file}: is not TOML: {error}") from None
-    found = check(file, data, DeviceClass)
-    refuse(file, list(_problems(file, found)))
-    return found
+    return parse(file, text, DeviceClass, _problems)
 
 
-def _problems(file: str, found: DeviceClass) -> list[Problem]:
-    problems = []
-    if file != f"{found.name}.toml":
-        problems.append(Problem("name", f'received "{found.name}"', "it must be the file's name"))
+def _problems(found: DeviceClass) -> Iterator[Problem]:
     if found.runs_agent != "native" and not found.why:
-        problems.append(Problem("why", "is missing", f'say why runs_agent is "{found.runs_agent}"'))
-    for key in found.__struct_fields__:
-        value: Any = getattr(found, key)
-        if isinstance(value, Figure | Fact | PowerModes) and value.source not in found.sources:
-            problems.append(Problem(f"{key}.source", f'"{value.source}" is not in [sources]'))
-    return problems
+        yield Problem("why", "is missing", f'say why runs_agent is "{found.runs_agent}"')
+    if found.visible_mb and found.memory_mb and found.visible_mb.value > found.memory_mb.value:
+        yield Problem("visible_mb", f"received {found.visible_mb.value:g}, which is above memory_mb")
+    if found.idle_mb and not found.visible_mb:
+        yield Problem("idle_mb", "stands without visible_mb", "it is a part of that")
+    for key in ("cores", "cuda_cores"):
+        whole: Figure | None = getattr(found, key)
+        for name, mode in found.power_modes.items():
+            part: int | None = getattr(mode, key)
+            if whole is not None and part is not None and part > whole.value:
+                yield Problem(f"power_modes.{name}.{key}", f"received {part}; the class has {whole.value:g}")
 
 
 @cache
 def _installed() -> dict[str, DeviceClass]:
-    files = resources.files("device_profiles").iterdir()
-    texts = {file.name: file.read_text(encoding="utf-8") for file in files if file.name.endswith(".toml")}
-    classes = [parse_device_class(file, texts[file]) for file in sorted(texts)]
-    return {found.name: found for found in classes}
+    return read_all("", parse_device_class)

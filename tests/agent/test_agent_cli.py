@@ -113,8 +113,16 @@ def test_init_writes_a_config_and_refuses_to_overwrite(tmp_path: Path) -> None:
 def test_device_classes(tmp_path: Path) -> None:
     lines = edge_agent("device-classes", cwd=tmp_path).stdout.splitlines()
     classes = json.loads(edge_agent("device-classes", "--json", cwd=tmp_path).stdout)
-    assert len(lines) == len(classes) > 3
+    assert len(lines) == len(classes) >= 24
     assert {"name", "runs_agent", "sources"} <= set(classes[0])
+
+
+def test_link_classes_and_fleets(tmp_path: Path) -> None:
+    for option, name in (("--links", "wifi-near"), ("--fleets", "jetson-80")):
+        found = json.loads(edge_agent("device-classes", option, "--json", cwd=tmp_path).stdout)
+        assert name in {one["name"] for one in found}
+        assert f"{name} " in edge_agent("device-classes", option, cwd=tmp_path).stdout
+    assert "ask for one" in errors(edge_agent("device-classes", "--links", "--fleets", cwd=tmp_path), 64)
 
 
 def test_status_before_the_first_start(folder: Path) -> None:
