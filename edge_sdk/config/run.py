@@ -16,10 +16,12 @@ __all__ = [
     "TEMPLATES",
     "EvaluationSection",
     "LoraSection",
+    "MetricsSection",
     "RoundsSection",
     "RunBaseSection",
     "RunConfig",
     "RunSection",
+    "StorageSection",
     "TrainingSection",
     "TransferSection",
 ]
@@ -102,6 +104,25 @@ class TransferSection(Record, frozen=True, kw_only=True):
     max_update_mb: Annotated[float, msgspec.Meta(gt=0, le=1000)] = 256.0
 
 
+class StorageSection(Record, frozen=True, kw_only=True):
+    keep_free_mb: Annotated[float, msgspec.Meta(ge=0)] = 100.0
+    """Below so much room on the state folder's disk (10^6 bytes) the rounds pause until there is more."""
+
+
+class MetricsSection(Record, frozen=True, kw_only=True):
+    listen: (
+        Annotated[
+            str,
+            msgspec.Meta(
+                pattern=r"^(\[[0-9a-fA-F:]+\]|[A-Za-z0-9_.-]+):\d{1,5}\Z",
+                description='"host:port", "127.0.0.1:9464" say',
+            ),
+        ]
+        | None
+    ) = None
+    """Where Prometheus reads metrics; None: nowhere."""
+
+
 class RunConfig(Record, frozen=True, kw_only=True):
     """All of ``run.toml``. Paths are relative to the file and absolute after loading."""
 
@@ -115,3 +136,5 @@ class RunConfig(Record, frozen=True, kw_only=True):
     transfer: TransferSection = TransferSection()
     trainer: TrainerSection = TrainerSection()
     """Where the server's own evaluation runs."""
+    storage: StorageSection = StorageSection()
+    metrics: MetricsSection = MetricsSection()

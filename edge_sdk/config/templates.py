@@ -198,5 +198,13 @@ path = <DATA>
 # allocator = "auto"       # of its memory, as in agent.toml
 # base_precision = "fp32"  # as in agent.toml; what devices hold is their own affair
 # base_plan = "plan.json"
+
+[storage]
+# keep_free_mb = 100       # below so much room (10^6 bytes) on state_dir's disk the rounds pause, and devices
+#                          # keep what they have, until there is more
+
+[metrics]
+# listen = "127.0.0.1:9464"  # where Prometheus reads metrics, in plain HTTP and without a password: keep it on
+#                          # loopback, or behind what guards it. By default nothing listens
 """
 )

@@ -22,7 +22,7 @@ KINDS = [
 NO_DEFAULT = {"device_class", "username", "password_file", "ca", "cert", "key", "memory_mb", "uplink_kbps"}
 NO_DEFAULT |= {"min_battery_percent", "battery_training_s", "max_temperature_c", "quiet_hours"}
 NO_DEFAULT |= {"traffic_mb_per_day"}
-NO_DEFAULT |= {"deadline_s", "template", "base_plan", "factors", "layers"}
+NO_DEFAULT |= {"deadline_s", "template", "base_plan", "factors", "layers", "listen"}
 
 
 def uncommented(text):
