@@ -149,6 +149,12 @@ class Evaluator:
         self.on_reply(Failed(id=self._id, cause="internal", message=message))
         return None
 
+    def give_up(self) -> None:
+        """Nobody waits for the present answer any more."""
+        if self._task is not None:
+            self._task = None
+            self._trainer.unload()
+
     def close(self) -> None:
         self._task = None
         self._trainer.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from aggregator.fleet import Fleet
 from aggregator.participations import DONE
 from aggregator.rounds import Rounds
 from aggregator.state.base import ParticipationRow, Store
+from aggregator.storage import NoRoomError, out_of_room
 from aggregator.transfers import Ledger, Upload, Uploads
 from aggregator.validation import Claim, check_announce, check_origin, refuse
 from edge_sdk.errors import ContainerError, StateError
@@ -104,7 +106,7 @@ class Intake:
         try:
             self._uploads.begin(announce, self._window, now)
         except StateError as error:
-            self._refuse(refuse(announce, "storage", error.message, error.hint))
+            self._no_room(announce, error)
             return
         self._rounds.participations.on_sending(announce)
 
@@ -115,8 +117,14 @@ class Intake:
         except StateError as error:
             upload = self._uploads[device]
             if upload is not None:
-                self._refuse(refuse(upload.announce, "storage", error.message, error.hint))
+                self._no_room(upload.announce, error)
             return True
+
+    def _no_room(self, announce: Announce, error: StateError) -> None:
+        """The device keeps the update. Raises NoRoomError where it is room that is wanted."""
+        self._refuse(refuse(announce, "storage", error.message, error.hint))
+        if out_of_room(error, math.inf):
+            raise NoRoomError(error.message, error.hint, announce.bytes) from error
 
     def settle(self, now: float) -> None:
         """Tells every sender how far it is, and takes in what is complete."""

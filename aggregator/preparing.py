@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from aggregator.evaluation import Evaluator, failure, setup_of
 from aggregator.methods.base import Method
-from aggregator.state.base import RunRow
+from aggregator.state.base import RunRow, Store
+from edge_sdk.clock import Clock
 from edge_sdk.config.run import RunConfig
 from edge_sdk.data.base_files import find_base, fingerprint_of
 from edge_sdk.errors import BaseModelError, FingerprintError, StateError
 from edge_sdk.protocol.model import Fingerprint, LoraShape, ModelShape
-from edge_sdk.protocol.wire import Run
+from edge_sdk.protocol.trainer import Described, Died, Failed
+from edge_sdk.protocol.wire import Run, encode
 
-__all__ = ["check_same", "make_run", "mathematics", "run_fingerprint"]
+__all__ = ["begin_run", "check_same", "make_run", "mathematics", "run_fingerprint"]
 
 _RUN_KEYS = ("method", "task", "labels", "seed")
 
@@ -45,6 +48,56 @@ def run_fingerprint(config: RunConfig, base: Path, cache: Path) -> Fingerprint:
         template=config.run.row_template,
         lora=_lora(config),
         cache=cache,
+    )
+
+
+def begin_run(
+    config: RunConfig,
+    method: Method,
+    cache: Path,
+    *,
+    store: Store,
+    evaluator: Evaluator,
+    clock: Clock,
+    done: Callable[[Run, Path], None],
+) -> None:
+    """No such run yet: the trainer tells the model's shape; then the run is stored, and handed to ``done``
+    with the folder of its base.
+
+    Raises BaseModelError for a base on this disk that is none.
+    """
+    wanted = config.base.path
+    try:
+        wanted = str(find_base(wanted))
+        known = run_fingerprint(config, Path(wanted), cache)
+    except BaseModelError:
+        if Path(wanted).is_absolute():
+            raise
+        known = None  # a hub id that is not on this disk: the trainer fetches it
+
+    def described(reply: Described | Failed | Died) -> None:
+        if not isinstance(reply, Described):
+            raise failure(reply)
+        base = Path(reply.base)
+        run = make_run(config, method, reply.shape, known or run_fingerprint(config, base, cache))
+        encode(run)  # too large a record is the operator's to know before anything is written
+        store.add_run(_row(run, config, base, clock.wall()))
+        done(run, base)
+
+    evaluator.describe(setup_of(config, method.spec(config), wanted), described)
+
+
+def _row(run: Run, config: RunConfig, base: Path, wall: float) -> RunRow:
+    return RunRow(
+        run=run.run,
+        method=config.run.method,
+        mathematics=msgspec.json.encode(mathematics(config)).decode(),
+        record=msgspec.json.encode(run).decode(),
+        base_folder=str(base),
+        fingerprint=run.fingerprint.digest,
+        rounds=config.rounds.total,
+        finished=False,
+        created_at=wall,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,6 +39,11 @@ class ServerPort(Protocol):
 
     def emit(self, name: str, **fields: Any) -> None: ...
 
+    @property
+    def traffic(self) -> Counter[str]:
+        """What travelled since the server's start, by the names of the ledger's columns."""
+        ...
+
 
 class Running:
     """A run that goes on: the fleet, the rounds, transfers both ways. Also the ``RoundsPort``.
@@ -62,7 +68,7 @@ class Running:
     ) -> None:
         self.run = run
         self._config = config
-        self._base = base
+        self.base = base
         self._method = method
         self._epoch = epoch
         self._store = store
@@ -73,7 +79,7 @@ class Running:
         self._topics = Topics(config.broker.namespace)
         self._linger_until: float | None = None
         namespace = config.broker.namespace
-        self.ledger = Ledger(store, run.run)
+        self.ledger = Ledger(store, run.run, server.traffic)
         self.fleet = Fleet(store, run)
         self.adapters = Adapters(run, method.merge, objects, folder.work, config.run.seed)
         terms = Terms(
@@ -220,7 +226,7 @@ class Running:
         )
 
     def evaluate(self, chain: Sequence[VersionRow]) -> None:
-        setup = setup_of(self._config, self.run.spec, str(self._base))
+        setup = setup_of(self._config, self.run.spec, str(self.base))
         paths = [self._objects.path(version.object) for version in chain]
         self._evaluator.evaluate(setup, paths, self.rounds.on_evaluated)
 

@@ -12,37 +12,42 @@ import queue
 import shutil
 import threading
 import uuid
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from aggregator.brokerage import Brokerage
-from aggregator.evaluation import Evaluator, failure, setup_of
+from aggregator.evaluation import Evaluator
 from aggregator.methods.base import find_method
-from aggregator.preparing import check_same, make_run, mathematics, run_fingerprint
+from aggregator.preparing import begin_run, check_same
 from aggregator.running import Running
-from aggregator.state.base import RunRow, Store
+from aggregator.state.base import Store
 from aggregator.state.folder import StateFolder, check_objects, open_store
+from aggregator.storage import Storage, folder_error, out_of_room
 from edge_sdk.clock import Clock, SystemClock
 from edge_sdk.config.run import RunConfig
-from edge_sdk.data.base_files import find_base
-from edge_sdk.errors import BaseModelError, BrokerError, EdgeError, StateError
+from edge_sdk.errors import BrokerError, EdgeError, StateError
 from edge_sdk.events import Event, EventBus
-from edge_sdk.protocol.model import Fingerprint
 from edge_sdk.protocol.topics import Topics
-from edge_sdk.protocol.trainer import Described, Died, Failed, Progress, TrainerHost, TrainerReply
+from edge_sdk.protocol.trainer import Progress, TrainerHost, TrainerReply
 from edge_sdk.protocol.wire import AggregatorState, Run, encode
 from edge_sdk.transport.base import Connection, Inbound, Transport, Will
 from edge_sdk.transport.objects import ObjectStore
+
+if TYPE_CHECKING:
+    from aggregator.metrics import Metrics
 
 __all__ = ["Aggregator", "Stop"]
 
 _log = logging.getLogger(__name__)
 _LONGEST_S = 60.0
 _SAVE_S = 2.0
+_PAUSED_S = 1.0
+"""How often a pause looks for room."""
 _BATCH = 256
 """Events handled before time is looked at again: a flood does not stop the clock."""
 _GIVE_UP_S = 30.0
@@ -63,6 +68,7 @@ class Aggregator:
         trainer: None: a trainer process of its own.
         clock: None: the machine's.
         on_event: called with every Event, in the server's thread.
+        disk_free: tells the room below a folder; None: the file system does.
     """
 
     def __init__(
@@ -73,6 +79,7 @@ class Aggregator:
         trainer: TrainerHost | None = None,
         clock: Clock | None = None,
         on_event: Callable[[Event], None] | None = None,
+        disk_free: Callable[[Path], float] | None = None,
     ) -> None:
         self.config = config
         self.events = EventBus()
@@ -80,14 +87,19 @@ class Aggregator:
             self.events.subscribe(on_event)
         self.error: EdgeError | None = None
         self.done = False
+        self.traffic: Counter[str] = Counter()
         self._clock = clock or SystemClock()
         self._topics = Topics(config.broker.namespace)
         self._folder = StateFolder(Path(config.run.state_dir))
+        self._storage = Storage(self._folder.path, config.storage.keep_free_mb, self._clock, disk_free)
         self._brokerage = Brokerage(config.broker, self._folder, transport)
         self._trainer = trainer
         self._epoch = uuid.uuid4().hex
         self._inbox: queue.SimpleQueue[Inbound | Connection | TrainerReply | Stop] = queue.SimpleQueue()
         self._running: Running | None = None
+        self._paused: tuple[Run, Path, AggregatorState] | None = None
+        """What to go on with, and what is said until then, while the rounds pause."""
+        self._metrics: Metrics | None = None
         self._opened = self._closed = False
         self._store_or_none: Store | None = None
         self._ever_connected = False
@@ -153,12 +165,14 @@ class Aggregator:
         except BaseException as error:
             self.close()
             if isinstance(error, OSError):
-                raise _of_the_folder(error) from error
+                raise folder_error(error) from error
             raise
         # Only now: reading a large base for its digest is no fault of the broker's.
         self._began = self._saved = self._clock.monotonic()
 
     def _open(self) -> None:
+        self._storage.open()
+        self._serve_metrics()
         shutil.rmtree(self._folder.work, ignore_errors=True)
         self._folder.work.mkdir()
         self._store_or_none = open_store(self._folder)
@@ -180,6 +194,15 @@ class Aggregator:
         if self._running is not None:
             self._listen()
         transport.start(self._inbox.put, Will(self._topics.aggregator, self._away()))
+
+    def _serve_metrics(self) -> None:
+        listen = self.config.metrics.listen
+        if listen is not None:
+            from aggregator.metrics import Metrics
+
+            self._metrics = Metrics(self.config, self.traffic, self._storage.free)
+            self.events.subscribe(self._metrics)
+            self.emit("metrics.served", url=self._metrics.serve(listen))
 
     def _listen(self) -> None:
         """Only once the run is made: who came before it is told by the retained presence."""
@@ -205,51 +228,30 @@ class Aggregator:
                 self._running.save()
         if self._store_or_none is not None:
             self._store_or_none.close()
+        if self._metrics is not None:
+            self._metrics.close()
+        self._storage.close()
         self._folder.release()
 
     # The first start, and every other
 
     def _begin(self) -> None:
-        """No such run yet: the trainer tells the model's shape, and then the run is made."""
-        wanted = self.config.base.path
-        try:
-            wanted = str(find_base(wanted))
-            fingerprint = run_fingerprint(self.config, Path(wanted), self._folder.path)
-        except BaseModelError:
-            if Path(wanted).is_absolute():
-                raise
-            fingerprint = None  # a hub id that is not on this disk: the trainer fetches it
+        def made(run: Run, base: Path) -> None:
+            self._resume(run, base)
+            self._listen()
+            if self._running is not None:
+                self._running.greet()
 
-        def described(reply: Described | Failed | Died) -> None:
-            if not isinstance(reply, Described):
-                raise failure(reply)
-            self._make(reply, fingerprint)
-
-        self.emit("run.preparing", run=self.config.run.name, base=wanted)
-        self._evaluator.describe(setup_of(self.config, self._method.spec(self.config), wanted), described)
-
-    def _make(self, found: Described, fingerprint: Fingerprint | None) -> None:
-        base = Path(found.base)
-        fingerprint = fingerprint or run_fingerprint(self.config, base, self._folder.path)
-        run = make_run(self.config, self._method, found.shape, fingerprint)
-        encode(run)  # too large a record is the operator's to know before anything is written
-        self._store.add_run(
-            RunRow(
-                run=run.run,
-                method=self.config.run.method,
-                mathematics=msgspec.json.encode(mathematics(self.config)).decode(),
-                record=msgspec.json.encode(run).decode(),
-                base_folder=str(base),
-                fingerprint=run.fingerprint.digest,
-                rounds=self.config.rounds.total,
-                finished=False,
-                created_at=self._clock.wall(),
-            )
+        self.emit("run.preparing", run=self.config.run.name, base=self.config.base.path)
+        begin_run(
+            self.config,
+            self._method,
+            self._folder.path,
+            store=self._store,
+            evaluator=self._evaluator,
+            clock=self._clock,
+            done=made,
         )
-        self._resume(run, base)
-        self._listen()
-        if self._running is not None:
-            self._running.greet()
 
     def _resume(self, run: Run, base: Path) -> None:
         self._running = Running(
@@ -296,7 +298,7 @@ class Aggregator:
                 case _:
                     self._evaluator.on_reply(event)
         except (EdgeError, OSError) as error:
-            self._fail(error)
+            self._meet(error)
 
     def tick(self) -> float:
         """Does what is due. Returns after how many seconds, at most, to call again."""
@@ -305,6 +307,8 @@ class Aggregator:
         try:
             if not self._ever_connected:
                 waits.append(self._patience(now))
+            if not self.done:
+                self._watch_room(now, waits)
             hung = self._evaluator.watch()
             if hung is not None:
                 waits.append(hung)
@@ -318,7 +322,8 @@ class Aggregator:
                     self._saved = now
                     self._running.ledger.save()
         except (EdgeError, OSError) as error:
-            self._fail(error)
+            self._meet(error)
+            waits.append(0.0)
         return 0.0 if self.done else max(0.0, min(waits))
 
     def _patience(self, now: float) -> float:
@@ -330,9 +335,63 @@ class Aggregator:
             )
         return left
 
+    # Room
+
+    def _watch_room(self, now: float, waits: list[float]) -> None:
+        """Pauses where the room runs out, and goes on where there is room again."""
+        if self._paused is None:
+            low = "" if self._running is None else self._storage.too_low(now)
+            if low:
+                self._pause(low)
+        elif self._storage.may_go_on(now):
+            self._go_on(*self._paused)
+        if self._paused is not None:
+            waits.append(_PAUSED_S)
+
+    def _pause(self, reason: str, error: BaseException | None = None) -> None:
+        """Lets go of the run's rooms: what they hold may be ahead of what could be written."""
+        if self._running is not None:
+            running, self._running = self._running, None
+            self._evaluator.give_up()
+            running.close()
+            state = AggregatorState(ready=False, epoch=self._epoch, run=running.run.run)
+            with contextlib.suppress(EdgeError):
+                state = running.state(ready=False)
+                running.save()
+            state = msgspec.structs.replace(state, reason="storage")
+            self._paused = running.run, running.base, state
+        if not self._storage.paused:
+            self.emit("storage.paused", reason=reason, free_mb=self._storage.free() / 1e6)
+        self._storage.pause(reason, error)
+        self._tell_pause()
+
+    def _go_on(self, run: Run, base: Path, _said: AggregatorState) -> None:
+        """From what is stored, as after a crash; devices report and announce again."""
+        self._resume(run, base)
+        self._paused = None
+        self._storage.go_on()
+        self.emit("storage.resumed", free_mb=self._storage.free() / 1e6)
+        if self._running is not None:
+            self._running.greet()
+
+    def _tell_pause(self) -> None:
+        if self._paused is not None:
+            self.publish(self._topics.aggregator, encode(self._paused[2]), retain=True)
+
+    # Errors
+
+    def _meet(self, error: EdgeError | OSError) -> None:
+        """A disk without room is waited for; every other error of our own ends the server."""
+        has_run = self._running is not None or self._paused is not None
+        if has_run and out_of_room(error, self._storage.free()):
+            message = str(error.strerror if isinstance(error, OSError) else error)
+            self._pause(message, error)
+        else:
+            self._fail(error)
+
     def _fail(self, error: EdgeError | OSError) -> None:
         if isinstance(error, OSError):
-            error = _of_the_folder(error)
+            error = folder_error(error)
         if self.error is None:
             self.error = error
             self.emit("run.failed", error=type(error).__name__, message=error.message, hint=error.hint)
@@ -344,6 +403,7 @@ class Aggregator:
             self.emit("broker.up", broker=self._brokerage.description)
             if self._running is not None:
                 self._running.greet()
+            self._tell_pause()
             return
         if event.final and isinstance(event.error, EdgeError) and not self._ever_connected:
             raise event.error  # later it may pass: a certificate is renewed, an account comes back
@@ -378,14 +438,6 @@ class Aggregator:
         if self._running is not None:
             return encode(self._running.state(ready=False))
         return encode(AggregatorState(ready=False, epoch=self._epoch, run=self.config.run.name))
-
-
-def _of_the_folder(error: OSError) -> StateError:
-    where = f" at {error.filename}" if error.filename else ""
-    return StateError(
-        f"the state folder failed{where}: {error.strerror or error}",
-        "see that it may be written and that the disk has room; the same command goes on from here",
-    )
 
 
 def _own_trainer(folder: Path, config: RunConfig) -> TrainerHost:

@@ -27,14 +27,19 @@ _SILENCE_S = 120.0
 
 
 class Ledger:
-    """Counts what travels and writes it to the store now and then: a crash loses the last few seconds."""
+    """Counts what travels and writes it to the store now and then: a crash loses the last few seconds.
 
-    def __init__(self, store: Store, run: str) -> None:
-        self._store, self._run = store, run
+    Args:
+        totals: counts of all devices, for whoever watches.
+    """
+
+    def __init__(self, store: Store, run: str, totals: Counter[str]) -> None:
+        self._store, self._run, self._totals = store, run, totals
         self._counts: dict[str, Counter[str]] = {}
 
     def add(self, device: str, **counts: int) -> None:
         self._counts.setdefault(device, Counter()).update(counts)
+        self._totals.update(counts)
 
     def save(self) -> None:
         if not self._counts:

@@ -17,6 +17,8 @@ from aggregator.cli.extra import need_server_extra
 from aggregator.cli.progress import device_label
 from aggregator.state.base import LedgerRow, ParticipationRow, RunRow, Store, best_version
 from aggregator.state.folder import StateFolder, open_store
+from aggregator.storage import Storage, read_pause
+from edge_sdk.clock import SystemClock
 from edge_sdk.config.loading import load_run_config
 from edge_sdk.config.run import RunConfig
 from edge_sdk.errors import StateError
@@ -61,6 +63,10 @@ def show_status(path: Path, *, as_json: bool) -> None:
         last, versions = look.store.last_round(look.run.run), look.store.versions(look.run.run)
         best = best_version(versions)
         devices = look.store.devices(look.run.run)
+        pause = read_pause(look.folder.path)
+        paused = pid is not None and pause.paused
+        state = "finished" if look.run.finished else None if last is None else last.state
+        storage = Storage(look.folder.path, look.config.storage.keep_free_mb, SystemClock())
         facts: dict[str, Any] = {
             "run": look.run.run,
             "method": look.run.method,
@@ -69,7 +75,10 @@ def show_status(path: Path, *, as_json: bool) -> None:
             "broker": None if note is None else msgspec.to_builtins(note),
             "round": None if last is None else last.number,
             "rounds": look.run.rounds,
-            "state": "finished" if look.run.finished else None if last is None else last.state,
+            "state": "paused" if paused else state,
+            "paused": pause.reason if paused else "",
+            "free_mb": round(storage.free() / 1e6, 1),
+            "keep_free_mb": look.config.storage.keep_free_mb,
             "version": versions[-1].number if versions else None,
             "accuracy": versions[-1].accuracy if versions else None,
             "perplexity": versions[-1].perplexity if versions else None,
@@ -93,6 +102,8 @@ def show_status(path: Path, *, as_json: bool) -> None:
         ("best", f"version {_text(facts['best_version'])}, {_score(facts, 'best_')}"),
         ("devices", f"{facts['devices']} known, {facts['online']} online"),
     ]
+    if facts["paused"]:
+        lines.append(("PAUSED", f"{facts['paused']}; goes on by itself when there is room"))
     if note is not None and note.insecure:
         lines.append(("INSECURE", "the broker is spoken to without TLS: everything travels readable"))
     if facts["insecure_devices"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -20,16 +21,31 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+
+class LogFormat(str, Enum):
+    """How ``run`` tells what happens."""
+
+    text = "text"
+    json = "json"
+
+
 ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="The run's config file.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="For programs: JSON on standard output.")]
 
 
 @app.command()
-def run(config: ConfigOption = Path("run.toml"), json: JsonOption = False) -> None:
+def run(
+    config: ConfigOption = Path("run.toml"),
+    json: JsonOption = False,
+    log_format: Annotated[
+        LogFormat,
+        typer.Option("--log-format", help="text: lines for people; json: logs, on standard error."),
+    ] = LogFormat.text,
+) -> None:
     """Run the rounds to the end. Stopped or killed, the same command goes on where it stood."""
     from aggregator.cli.running import run_server
 
-    run_server(config, as_json=json)
+    run_server(config, as_json=json, json_logs=log_format is LogFormat.json)
 
 
 @app.command()

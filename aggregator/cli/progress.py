@@ -7,7 +7,7 @@ from typing import Any
 
 from edge_sdk.events import Event
 
-__all__ = ["Progress", "device_label"]
+__all__ = ["Progress", "device_label", "line_of"]
 
 Fields = Mapping[str, Any]
 
@@ -20,10 +20,15 @@ class Progress:
         self._last = ""
 
     def __call__(self, event: Event) -> None:
-        line = _line(event.name, event.fields)
+        line = line_of(event)
         if line and line != self._last:
             self._last = line
             self._write(line)
+
+
+def line_of(event: Event) -> str:
+    """An event in words; empty for those that are not worth a line."""
+    return _line(event.name, event.fields)
 
 
 def device_label(device: str, device_class: str | None, emulated: bool) -> str:
@@ -57,6 +62,12 @@ def _line(name: str, f: Fields) -> str:
         case "run.over":
             lacking = ", ".join(f["lacking"])
             return f"the final version was not fetched by {lacking}" if lacking else ""
+        case "storage.paused":
+            return f"PAUSED: {f['reason']}; goes on by itself when there is room, nothing is lost"
+        case "storage.resumed":
+            return f"there is room again ({f['free_mb']:.0f} MB): the run goes on"
+        case "metrics.served":
+            return f"metrics: {f['url']}"
         case "run.stopped":
             return "stopped; the same command goes on from here"
     if name.startswith(("device.", "message.")):

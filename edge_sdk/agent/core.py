@@ -283,7 +283,7 @@ class Core:
             self._occasion("disconnect")
         self.context.emit("aggregator.state", ready=state.ready, round=state.round, rounds=state.rounds,
                           version=None if state.version is None else state.version.number,
-                          finished=state.finished)  # fmt: skip
+                          finished=state.finished, reason=state.reason)  # fmt: skip
 
     def _on_offer(self, offer: Offer) -> None:
         context, run = self.context, self.joining.run

@@ -78,7 +78,7 @@ def live_state(
         "session": context.session,
         "broker": context.transport.description,
         "connected": context.transport.connected,
-        "aggregator": "unknown" if aggregator is None else "ready" if aggregator.ready else "away",
+        "aggregator": "unknown" if aggregator is None else _whether_ready(aggregator),
         "finished": aggregator is not None and aggregator.finished,
         "permission": context.permission,
         "reason": context.gate or "",
@@ -87,6 +87,10 @@ def live_state(
         "trainer": context.desk.task or ("loaded" if context.desk.trainer.loaded else "unloaded"),
         "error": None if error is None else error.message,
     }
+
+
+def _whether_ready(aggregator: AggregatorState) -> str:
+    return "ready" if aggregator.ready else "paused" if aggregator.reason else "away"
 
 
 def folder_status(config: AgentConfig, clock: Clock | None = None) -> dict[str, Any]:

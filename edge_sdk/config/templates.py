@@ -204,7 +204,7 @@ path = <DATA>
 #                          # keep what they have, until there is more
 
 [metrics]
-# listen = "127.0.0.1:9464"  # where Prometheus reads metrics, in plain HTTP and without a password: keep it on
-#                          # loopback, or behind what guards it. By default nothing listens
+# listen = "127.0.0.1:9464"  # where Prometheus reads metrics, in plain HTTP and without a password: keep it
+#                          # on loopback, or behind what guards it. By default nothing listens
 """
 )

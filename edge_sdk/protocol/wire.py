@@ -101,6 +101,8 @@ class AggregatorState(Record, frozen=True, kw_only=True, tag="aggregator"):
     rounds: NotNegative = 0
     version: VersionRef | None = None
     finished: bool = False
+    reason: Text = ""
+    """Why it is not ready though it is there: ``storage``, its disk is full; "": it is away, or starting."""
 
 
 class Presence(Record, frozen=True, kw_only=True, tag="presence"):

@@ -301,6 +301,8 @@ class FakeDevice:
                     self.announce = self.sender = None
             case Refusal():
                 self.refusals.append(record)
+                if record.reason == "storage":
+                    return  # kept, and announced again when the server is ready again
                 if self.announce is not None and record.object == self.announce.object:
                     self.announce = self.sender = None
 
@@ -313,6 +315,8 @@ class FakeDevice:
 
     def _on_offer(self, offer: Offer) -> None:
         if self.offer is not None and offer.round == self.offer.round and self.until == "receipt":
+            if self.receiver is not None:  # what it asked for may not have been heard
+                self.say(self.receiver.have(self.name, 4))
             return
         self.offer = offer
         if self.until == "offer":
