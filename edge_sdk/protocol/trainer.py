@@ -14,7 +14,7 @@ import msgspec
 from edge_sdk.errors import ProtocolError
 from edge_sdk.protocol.base import Digest, Name, NotNegative, Positive, Record, Text
 from edge_sdk.protocol.base_plan import BasePlan, Bits, SalienceMethod
-from edge_sdk.protocol.measure import Fit, Measured
+from edge_sdk.protocol.measure import Fit, Measured, Throughput
 from edge_sdk.protocol.model import Fingerprint, LoraShape, ModelShape
 from edge_sdk.protocol.spec import Candidate, Levers, TrainSpec
 
@@ -31,11 +31,13 @@ __all__ = [
     "Failed",
     "FailureCause",
     "Interrupt",
+    "Measure",
     "PlanBase",
     "Probe",
     "Probed",
     "Progress",
     "Setup",
+    "Timed",
     "Train",
     "Trained",
     "TrainerHost",
@@ -163,11 +165,21 @@ class PlanBase(Record, frozen=True, kw_only=True, tag="plan-base"):
     rows: Positive = 32
 
 
+class Measure(Record, frozen=True, kw_only=True, tag="measure"):
+    """Time what every compute device of this machine computes and copies. Needs no model."""
+
+    id: NotNegative
+    threads: NotNegative = 0
+    """0: as many as torch likes."""
+    seconds: Annotated[float, msgspec.Meta(gt=0, le=600)] = 5.0
+    """In all, not counting the import of torch."""
+
+
 class Interrupt(Record, frozen=True, kw_only=True, tag="interrupt"):
     """End the current request within a step; it fails with cause ``interrupted``. Has no reply of its own."""
 
 
-TrainerRequest = Describe | Probe | Train | Evaluate | Export | PlanBase | Interrupt
+TrainerRequest = Describe | Probe | Train | Evaluate | Export | PlanBase | Measure | Interrupt
 
 
 class Described(Record, frozen=True, kw_only=True, tag="described"):
@@ -197,7 +209,7 @@ class Probed(Record, frozen=True, kw_only=True, tag="probed"):
 
 class Progress(Record, frozen=True, kw_only=True, tag="progress"):
     id: NotNegative
-    stage: Literal["loading", "probing", "training", "evaluating", "planning"]
+    stage: Literal["loading", "probing", "training", "evaluating", "planning", "measuring"]
     done: NotNegative
     total: NotNegative
     loss: float | None = None
@@ -242,6 +254,15 @@ class BasePlanned(Record, frozen=True, kw_only=True, tag="base-planned"):
     seconds: float
 
 
+class Timed(Record, frozen=True, kw_only=True, tag="timed"):
+    id: NotNegative
+    throughput: tuple[Throughput, ...]
+    """The processor first, then CUDA's devices in their order."""
+    torch: Text
+    seconds: float
+    """What it took."""
+
+
 FailureCause = Literal["memory", "data", "base", "mechanism", "extra", "container", "interrupted", "internal"]
 
 
@@ -266,7 +287,9 @@ class Died(Record, frozen=True, kw_only=True, tag="died"):
     message: Text
 
 
-TrainerReply = Described | Probed | Progress | Trained | Evaluated | Exported | BasePlanned | Failed | Died
+TrainerReply = (
+    Described | Probed | Progress | Trained | Evaluated | Exported | BasePlanned | Timed | Failed | Died
+)
 
 
 class TrainerHost(Protocol):

@@ -24,11 +24,13 @@ from edge_sdk.protocol.trainer import (
     Exported,
     Failed,
     Interrupt,
+    Measure,
     PlanBase,
     Probe,
     Probed,
     Progress,
     Setup,
+    Timed,
     Train,
     Trained,
     TrainerReply,
@@ -48,7 +50,7 @@ __all__ = ["Engine"]
 _PROGRESS_S = 0.5
 """Least time between two progress replies of a request."""
 
-Stage = Literal["loading", "probing", "training", "evaluating", "planning"]
+Stage = Literal["loading", "probing", "training", "evaluating", "planning", "measuring"]
 
 
 class Engine:
@@ -112,6 +114,8 @@ class Engine:
             return self._export(request)
         if isinstance(request, PlanBase):
             return self._plan_base(request)
+        if isinstance(request, Measure):
+            return self._measure(request)
         if isinstance(request, Interrupt):
             raise TrainerError("an interrupt is not a request to answer")
         raise TrainerError(f"no request of kind {type(request).__name__} is known")
@@ -315,3 +319,25 @@ class Engine:
 
         plan = plan_base(request, folder, self._check, report)
         return BasePlanned(id=request.id, plan=plan, seconds=time.perf_counter() - started)
+
+    def _measure(self, request: Measure) -> Timed:
+        if self._enforce:
+            keep_lean()
+        import torch
+
+        from edge_sdk.training.throughput import compute_devices, measure_throughput
+
+        started = time.perf_counter()
+        if request.threads:
+            torch.set_num_threads(request.threads)
+        devices, found = compute_devices(), []
+        for done, device in enumerate(devices):
+            self._progress(request.id, "measuring", done, len(devices))
+            found.append(measure_throughput(device, request.seconds / len(devices), self._check))
+        self._progress(request.id, "measuring", len(devices), len(devices))
+        return Timed(
+            id=request.id,
+            throughput=tuple(found),
+            torch=str(torch.__version__),
+            seconds=time.perf_counter() - started,
+        )
