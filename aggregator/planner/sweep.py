@@ -177,7 +177,7 @@ def _kept(objective: Objective, previous: npt.NDArray[np.integer]) -> Swept | No
     return Swept(target, chosen, objective.value(target, chosen))
 
 
-def reference_round(objective: Objective, *, waiting: float = 1.0, references: int = 64) -> Swept:
+def reference_round(objective: Objective, *, waiting: float = 1.0, references: int = 24) -> Swept:
     """The round that keeps pace with one device: everybody as deep as its time allows.
 
     What a device takes for all that it can do is a reference, from the fastest one's on, and so is the least
