@@ -256,6 +256,10 @@ class Rounds:
         with self._store.transaction():
             for one in left:
                 self._store.set_participation(self._name, row.number, one.device, state="missed")
+            for one in received:
+                self._store.set_participation(
+                    self._name, row.number, one.device, counts_in=row.number, staleness=0, weight=1.0
+                )
             self._move(
                 state="merging",
                 open_s=row.open_s,

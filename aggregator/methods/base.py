@@ -40,6 +40,7 @@ class Method:
         codec: how updates travel.
         error_feedback: devices keep what the codec lost and add it to their next update.
         base_precision: what every device must hold its base in; None: what its owner chose.
+        selection, schedule: as in ``[rounds]`` of run.toml, where the operator may name others.
         objective, factors, error_adapter, phases, reinit, fold, privacy, attention: see ``TrainSpec``.
     """
 
@@ -50,6 +51,8 @@ class Method:
     codec: str = "int8"
     error_feedback: bool = False
     base_precision: str | None = None
+    selection: str | None = None
+    schedule: str | None = None
     objective: str = "cross_entropy"
     factors: str = "AB"
     error_adapter: str = "none"

@@ -15,6 +15,8 @@ from typing import Any, Literal, Protocol
 from edge_sdk.protocol.wire import VersionRef
 
 __all__ = [
+    "AWAITED",
+    "ClosedBy",
     "DeviceRow",
     "LedgerRow",
     "Outcome",
@@ -30,7 +32,11 @@ __all__ = [
 
 RoundState = Literal["waiting", "open", "merging", "evaluating", "closed"]
 Outcome = Literal["merged", "empty"]
+ClosedBy = Literal["all", "quorum", "buffer", "deadline"]
+"""Why a round closed: nothing more can come, enough came, the buffer is full, or its time was over."""
 ParticipationState = Literal["offered", "chosen", "sending", "received", "declined", "refused", "missed"]
+AWAITED: frozenset[ParticipationState] = frozenset({"offered", "chosen", "sending"})
+"""States from which an update may still come and count, in this round or a later one."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +136,14 @@ class RoundRow:
     """``shaped_s`` of the device that ``critical_s`` is of."""
     critical_s: float | None = None
     """Largest sum of one device's training and shaped upload: what the round could not do without."""
+    selection: str | None = None
+    """How its devices were selected; None, as the three after it: of a round before there was a choice."""
+    schedule: str | None = None
+    wanted: int | None = None
+    """Devices that were to take part; those that were offered work may be more."""
+    quorum: int | None = None
+    """Updates that close it before its deadline; of the buffered schedule, those of the buffer."""
+    closed_by: ClosedBy | None = None
     opened_at: float | None = None
     closed_at: float | None = None
     merged_at: float | None = None
@@ -169,6 +183,19 @@ class ParticipationRow:
     refusal: str | None = None
     receipt: str | None = None
     received_at: float | None = None
+    builds_on: int | None = None
+    """The version that its update is a change of."""
+    counts_in: int | None = None
+    """The round whose merge its update is part of: decided once, when that round closes. A later round than
+    its own: the update was late."""
+    staleness: int | None = None
+    """Versions made between the one that it builds on and the one that it is merged into."""
+    weight: float | None = None
+    """What that multiplies its samples by."""
+
+    @property
+    def late(self) -> bool:
+        return self.counts_in is not None and self.counts_in != self.round
 
 
 @dataclass(frozen=True)
@@ -250,6 +277,26 @@ class Store(Protocol):
         """Ordered by round and device."""
         ...
 
+    def states(self, run: str, round: int) -> Mapping[str, ParticipationState]:
+        """How far each device of the round is: ``participations`` without what they said."""
+        ...
+
+    def awaited(self, run: str, device: str | None = None) -> Sequence[ParticipationRow]:
+        """Those of any round, of one device or all, whose update may still come. By round and device."""
+        ...
+
+    def uncounted(self, run: str) -> Sequence[ParticipationRow]:
+        """Those whose update was received and is part of no merge yet. Ordered by round and device."""
+        ...
+
+    def counted(self, run: str, round: int) -> Sequence[ParticipationRow]:
+        """Those whose updates this round merges, of whatever round they are. Ordered by device and round."""
+        ...
+
+    def newest_received(self, run: str) -> Mapping[str, ParticipationRow]:
+        """Of each device that ever delivered, its last participation with an update."""
+        ...
+
     def put_device(self, row: DeviceRow) -> None:
         """Adds or replaces."""
         ...
@@ -263,7 +310,7 @@ class Store(Protocol):
     def ledger(self, run: str) -> Sequence[LedgerRow]: ...
 
     def objects(self) -> set[str]:
-        """Digests of what must be kept: all versions, and the updates of rounds that are not closed."""
+        """Digests of what must be kept: all versions, and the updates that no closed round has merged."""
         ...
 
     def close(self) -> None: ...

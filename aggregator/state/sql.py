@@ -16,7 +16,9 @@ from sqlalchemy import (
     and_,
     create_engine,
     event,
+    func,
     insert,
+    or_,
     select,
     union,
     update,
@@ -24,7 +26,16 @@ from sqlalchemy import (
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from aggregator.state import tables
-from aggregator.state.base import DeviceRow, LedgerRow, ParticipationRow, RoundRow, RunRow, VersionRow
+from aggregator.state.base import (
+    AWAITED,
+    DeviceRow,
+    LedgerRow,
+    ParticipationRow,
+    ParticipationState,
+    RoundRow,
+    RunRow,
+    VersionRow,
+)
 from edge_sdk.errors import StateError
 
 __all__ = ["SqlStore", "sqlite_url"]
@@ -148,6 +159,38 @@ class SqlStore:
         query = select(t).where(t.c.run == run).order_by(t.c.round, t.c.device)
         return self._all(ParticipationRow, query if round is None else query.where(t.c.round == round))
 
+    def states(self, run: str, round: int) -> Mapping[str, ParticipationState]:
+        t = tables.participations
+        query = select(t.c.device, t.c.state).where(t.c.run == run, t.c.round == round).order_by(t.c.device)
+        with self.transaction():
+            return {row.device: row.state for row in self._connected.execute(query)}
+
+    def awaited(self, run: str, device: str | None = None) -> Sequence[ParticipationRow]:
+        t = tables.participations
+        query = select(t).where(t.c.run == run, t.c.state.in_(sorted(AWAITED)))
+        if device is not None:
+            query = query.where(t.c.device == device)
+        return self._all(ParticipationRow, query.order_by(t.c.round, t.c.device))
+
+    def uncounted(self, run: str) -> Sequence[ParticipationRow]:
+        t = tables.participations
+        query = select(t).where(t.c.run == run, t.c.state == "received", t.c.counts_in.is_(None))
+        return self._all(ParticipationRow, query.order_by(t.c.round, t.c.device))
+
+    def counted(self, run: str, round: int) -> Sequence[ParticipationRow]:
+        t = tables.participations
+        query = select(t).where(t.c.run == run, t.c.counts_in == round).order_by(t.c.device, t.c.round)
+        return self._all(ParticipationRow, query)
+
+    def newest_received(self, run: str) -> Mapping[str, ParticipationRow]:
+        t = tables.participations
+        received = and_(t.c.run == run, t.c.state == "received")
+        last = select(t.c.device, func.max(t.c.round).label("round")).where(received).group_by(t.c.device)
+        newest = last.subquery()
+        of_newest = and_(newest.c.device == t.c.device, newest.c.round == t.c.round)
+        rows = self._all(ParticipationRow, select(t).join(newest, of_newest).where(received))
+        return {row.device: row for row in rows}
+
     # Devices and the ledger
 
     def put_device(self, row: DeviceRow) -> None:
@@ -172,11 +215,12 @@ class SqlStore:
 
     def objects(self) -> set[str]:
         updates, rounds = tables.participations, tables.rounds
-        of_round = and_(rounds.c.run == updates.c.run, rounds.c.number == updates.c.round)
-        waiting = select(updates.c.object).join(rounds, of_round)
+        merging = and_(rounds.c.run == updates.c.run, rounds.c.number == updates.c.counts_in)
+        needed = select(updates.c.object).outerjoin(rounds, merging)
+        not_merged = or_(updates.c.counts_in.is_(None), rounds.c.state != "closed")
         with self.transaction():
             query = union(
-                waiting.where(updates.c.state == "received", rounds.c.state != "closed"),
+                needed.where(updates.c.state == "received", not_merged),
                 select(tables.versions.c.object),
             )
             return set(self._connected.execute(query).scalars())

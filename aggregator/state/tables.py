@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from sqlalchemy import (
+    BigInteger,
     Boolean,
     Column,
     Connection,
     Float,
     ForeignKeyConstraint,
+    Index,
     Integer,
     MetaData,
     String,
@@ -36,7 +38,7 @@ __all__ = [
     "versions",
 ]
 
-SCHEMA = 3
+SCHEMA = 4
 """Version of the tables. A change raises it and appends a function to ``STEPS``."""
 
 metadata = MetaData()
@@ -64,7 +66,7 @@ versions = Table(
     Column("number", Integer, primary_key=True),
     Column("round", Integer, nullable=False),
     Column("object", String(64), nullable=False),
-    Column("bytes", Integer, nullable=False),
+    Column("bytes", BigInteger, nullable=False),
     Column("parent", Integer),
     Column("branch", String(64), nullable=False),
     Column("created_at", Float(53), nullable=False),
@@ -97,6 +99,11 @@ rounds = Table(
     Column("slowest_train_s", Float(53)),
     Column("shaped_upload_s", Float(53)),
     Column("critical_s", Float(53)),
+    Column("selection", String(16)),
+    Column("schedule", String(16)),
+    Column("wanted", Integer),
+    Column("quorum", Integer),
+    Column("closed_by", String(16)),
     Column("opened_at", Float(53)),
     Column("closed_at", Float(53)),
     Column("merged_at", Float(53)),
@@ -118,17 +125,23 @@ participations = Table(
     Column("decline", Text),
     Column("announce", Text),
     Column("object", String(64)),
-    Column("bytes", Integer),
+    Column("bytes", BigInteger),
     Column("samples", Integer),
     Column("train_s", Float(53)),
     Column("upload_s", Float(53)),
     Column("shaped_s", Float(53)),
-    Column("duplicate_bytes", Integer, nullable=False),
+    Column("duplicate_bytes", BigInteger, nullable=False),
     Column("refusal", Text),
     Column("receipt", Text),
     Column("received_at", Float(53)),
+    Column("builds_on", Integer),
+    Column("counts_in", Integer),
+    Column("staleness", Integer),
+    Column("weight", Float(53)),
     ForeignKeyConstraint(["run", "round"], ["rounds.run", "rounds.number"]),
 )
+participations_by_state = Index("participations_by_state", participations.c.run, participations.c.state)
+participations_counted = Index("participations_counted", participations.c.run, participations.c.counts_in)
 
 devices = Table(
     "devices",
@@ -150,12 +163,12 @@ ledger = Table(
     metadata,
     Column("run", String(64), primary_key=True),
     Column("device", String(64), primary_key=True),
-    Column("bytes_up", Integer, nullable=False),
-    Column("chunks_up", Integer, nullable=False),
-    Column("duplicate_bytes", Integer, nullable=False),
-    Column("bytes_down", Integer, nullable=False),
-    Column("chunks_down", Integer, nullable=False),
-    Column("foreign", Integer, nullable=False),
+    Column("bytes_up", BigInteger, nullable=False),
+    Column("chunks_up", BigInteger, nullable=False),
+    Column("duplicate_bytes", BigInteger, nullable=False),
+    Column("bytes_down", BigInteger, nullable=False),
+    Column("chunks_down", BigInteger, nullable=False),
+    Column("foreign", BigInteger, nullable=False),
 )
 
 
@@ -169,7 +182,34 @@ def _the_planner_learns(connection: Connection) -> None:
         connection.execute(text(f"ALTER TABLE {table} ADD COLUMN {name} TEXT"))
 
 
-STEPS: dict[int, Callable[[Connection], None]] = {1: _evaluations_tell_more, 2: _the_planner_learns}
+def _updates_may_be_late(connection: Connection) -> None:
+    for name in ("selection", "schedule", "closed_by"):
+        connection.execute(text(f"ALTER TABLE rounds ADD COLUMN {name} VARCHAR(16)"))
+    for name in ("wanted", "quorum"):
+        connection.execute(text(f"ALTER TABLE rounds ADD COLUMN {name} INTEGER"))
+    for name, kind in (("builds_on", "INTEGER"), ("counts_in", "INTEGER"), ("staleness", "INTEGER")):
+        connection.execute(text(f"ALTER TABLE participations ADD COLUMN {name} {kind}"))
+    connection.execute(text("ALTER TABLE participations ADD COLUMN weight FLOAT"))
+    # Until then an update counted in its own round or in none.
+    of_round = "WHERE rounds.run = participations.run AND rounds.number = participations.round"
+    connection.execute(
+        text(f"UPDATE participations SET builds_on = (SELECT rounds.builds_on FROM rounds {of_round})")  # noqa: S608
+    )
+    connection.execute(
+        text(
+            "UPDATE participations SET counts_in = round, staleness = 0, weight = 1 WHERE state = 'received' "  # noqa: S608
+            f"AND EXISTS (SELECT 1 FROM rounds {of_round} AND rounds.state NOT IN ('waiting', 'open'))"
+        )
+    )
+    for index in (participations_by_state, participations_counted):
+        index.create(connection)
+
+
+STEPS: dict[int, Callable[[Connection], None]] = {
+    1: _evaluations_tell_more,
+    2: _the_planner_learns,
+    3: _updates_may_be_late,
+}
 """From version n to n + 1: ``STEPS[n](connection)``."""
 
 

@@ -21,6 +21,7 @@ from edge_sdk.config.run import (
     TEMPLATES,
     EvaluationSection,
     LoraSection,
+    RoundsSection,
     RunConfig,
     RunSection,
 )
@@ -53,6 +54,7 @@ def load_run_config(path: str | Path) -> RunConfig:
         "run": _check_run,
         "broker": check_broker,
         "lora": _check_lora,
+        "rounds": _check_rounds,
         "evaluation": _check_evaluation,
         "trainer": _check_trainer,
     }
@@ -161,6 +163,22 @@ def _check_lora(lora: LoraSection) -> list[Problem]:
     if lora.targets:
         return []
     return [Problem("lora.targets", "is empty", 'use ["all-linear"], or name modules')]
+
+
+def _check_rounds(rounds: RoundsSection) -> list[Problem]:
+    problems = []
+    if rounds.schedule == "buffered" and rounds.late == "refuse":
+        what = 'is "refuse", and rounds.schedule is "buffered", in which every update may be late'
+        problems.append(Problem("rounds.late", what, "take one of the two out"))
+    if rounds.selection == "all" and rounds.devices_per_round is not None:
+        what = f'is {shown(rounds.devices_per_round)}, and rounds.selection is "all"'
+        hint = 'set rounds.selection = "uniform" or "utility", or take one of the two out'
+        problems.append(Problem("rounds.devices_per_round", what, hint))
+    if rounds.selection in ("uniform", "utility") and rounds.devices_per_round is None:
+        what = f'is "{rounds.selection}", and rounds.devices_per_round is missing'
+        hint = "say how many: a count such as 10, or a share such as 0.1"
+        problems.append(Problem("rounds.selection", what, hint))
+    return problems
 
 
 def _check_evaluation(evaluation: EvaluationSection | None) -> list[Problem]:

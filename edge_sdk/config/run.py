@@ -30,6 +30,7 @@ MAX_LABELS = 4096
 TEMPLATES = {"classification": "{text}", "causal-lm": "{prompt}\n{response}"}
 Rate = Annotated[float, msgspec.Meta(gt=0, le=10)]
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
+Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
 
 
 class RunBaseSection(BaseSection, frozen=True, kw_only=True):
@@ -91,6 +92,21 @@ class RoundsSection(Record, frozen=True, kw_only=True):
     """None: from the devices' predicted times."""
     linger_s: Annotated[float, msgspec.Meta(ge=0)] = 30.0
     """After the last round, how long to wait for devices to fetch the final version."""
+    schedule: Literal["synchronous", "buffered"] | None = None
+    """None: what the method says. ``buffered``: work for whoever is free, merges of ``buffer`` updates."""
+    buffer: Positive = 10
+    selection: Literal["all", "uniform", "utility"] | None = None
+    """None: what the method says; all, or, where ``devices_per_round`` is set, uniform."""
+    devices_per_round: Positive | Share | None = None
+    """A count or a share of those who are ready. Of the buffered schedule: how many are at work at once."""
+    over_select: Annotated[float, msgspec.Meta(ge=1, le=10)] = 1.0
+    """So many times ``devices_per_round`` are offered work, as some will not deliver."""
+    quorum: Share = 1.0
+    """The share of ``devices_per_round``, or of all, whose updates close a round before its deadline."""
+    late: Literal["merge", "refuse"] = "merge"
+    """``merge``: an update that comes after its round counts in a later one, by its staleness."""
+    max_staleness: NotNegative = 10
+    """Versions that may have been made since; an older update is refused."""
 
 
 class EvaluationSection(Record, frozen=True, kw_only=True):

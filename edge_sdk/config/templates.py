@@ -174,6 +174,17 @@ path = <BASE>
 # min_devices = 1          # a round waits until so many are there and ready
 # deadline_s = 600         # by default from the devices' own predictions; shorter drops slow devices
 # linger_s = 30            # after the last round, how long to wait for devices to fetch the result
+# schedule = "synchronous" # "buffered": work for whoever is free, and a merge whenever enough arrived; nobody
+#                          # waits for anybody, and updates build on older versions. By default the method's
+# buffer = 10              # buffered: updates to a merge; more are steadier, fewer are fresher
+# selection = "uniform"    # all, uniform (drawn by the seed) or utility (whose loss is high and who is fast)
+# devices_per_round = 10   # a count, or a share such as 0.1; by default all that are ready
+# over_select = 1.0        # 1.3: a third more are offered work, as some will not deliver
+# quorum = 1.0             # share of devices_per_round whose updates close a round before its deadline; below
+#                          # 1 nobody waits for the slowest
+# late = "merge"           # what comes after its round counts in a later one, by its staleness; "refuse"
+#                          # leaves it to the device, which adds it to its next update
+# max_staleness = 10       # versions that may have been made since; what is older is refused
 
 [evaluation]               # take this section out to run without
 # every = 1                # rounds between evaluations, which the server computes itself

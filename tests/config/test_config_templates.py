@@ -23,6 +23,7 @@ NO_DEFAULT = {"device_class", "username", "password_file", "ca", "cert", "key", 
 NO_DEFAULT |= {"min_battery_percent", "battery_training_s", "max_temperature_c", "quiet_hours"}
 NO_DEFAULT |= {"traffic_mb_per_day"}
 NO_DEFAULT |= {"deadline_s", "template", "base_plan", "factors", "layers", "listen"}
+NO_DEFAULT |= {"schedule", "selection", "devices_per_round"}
 
 
 def uncommented(text):

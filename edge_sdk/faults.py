@@ -1,0 +1,93 @@
+"""Places where a test may end the process, as ``kill -9`` does: between any two things that must be durable.
+
+``EDGE_SDK_KILL_AT=update.stored`` kills at the first time that the place is reached, ``update.stored:3`` at
+the third. Without it, and in every real run, ``reached`` does nothing. A test within one process puts its own
+function in the place of the kill with ``arm``.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+__all__ = ["AGENT_PLACES", "AGGREGATOR_PLACES", "VARIABLE", "arm", "reached"]
+
+VARIABLE = "EDGE_SDK_KILL_AT"
+
+AGGREGATOR_PLACES = (
+    "run.made",
+    "version.durable",
+    "round.open",
+    "round.offered",
+    "choice.noted",
+    "decline.noted",
+    "update.awaited",
+    "chunk.durable",
+    "update.complete",
+    "update.durable",
+    "update.counted",
+    "update.receipted",
+    "round.closed",
+    "merge.begun",
+    "version.stored",
+    "version.told",
+    "evaluation.begun",
+    "evaluation.come",
+    "round.done",
+    "round.next",
+    "round.swept",
+    "run.finished",
+)
+"""In the order of a round. Where two things happen one after the other, the place lies between them:
+
+- ``run.made``: the run's row is there, nobody knows.
+- ``version.durable``: a version's object is there, no row names it. ``version.stored``: it has its row,
+  nobody was told. ``version.told``: everybody was.
+- ``round.open``: the offers are rows, none was sent. ``round.offered``: all were.
+- ``choice.noted``, ``decline.noted``: the device's word is a row.
+- ``update.awaited``: the announce is a row, the device has no credit. ``chunk.durable``: a chunk is on disk,
+  the device was not told. ``update.complete``: so are all, under no name yet. ``update.durable``: the update
+  has its name, no row. ``update.counted``: it has its row, no receipt was sent. ``update.receipted``: it was.
+- ``round.closed``: what counts is decided, nobody was told. ``merge.begun``: everybody was.
+- ``evaluation.begun``: the trainer was asked. ``evaluation.come``: it answered, nothing is written.
+- ``round.done``: all of the round is written. ``round.next``: so is the next round's row. ``round.swept``:
+  what nobody needs any more is gone. ``run.finished``: the run's end is a row.
+"""
+
+AGENT_PLACES: tuple[str, ...] = ()
+
+_at, _, _count = os.environ.get(VARIABLE, "").partition(":")
+_left = int(_count) if _count.isdigit() else 1
+
+
+def _kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+_act: Callable[[], None] = _kill
+
+
+def reached(place: str) -> None:
+    """The process is at ``place``. Does nothing unless a test named it."""
+    global _left
+    if place != _at:
+        return
+    _left -= 1
+    if _left == 0:
+        _act()
+
+
+@contextmanager
+def arm(place: str, act: Callable[[], None], times: int = 1) -> Iterator[None]:
+    """Within the block, ``act`` is called when ``place`` is reached for the ``times``-th time."""
+    global _at, _left, _act
+    if place not in (*AGGREGATOR_PLACES, *AGENT_PLACES):
+        raise ValueError(f"{place!r} is no place; there are {', '.join((*AGGREGATOR_PLACES, *AGENT_PLACES))}")
+    before = _at, _left, _act
+    _at, _left, _act = place, times, act
+    try:
+        yield
+    finally:
+        _at, _left, _act = before
