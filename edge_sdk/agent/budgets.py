@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from msgspec.structs import replace
+
 from edge_sdk.agent.context import Context
+from edge_sdk.agent.record import Shortfall
 from edge_sdk.errors import MissingExtraError
+from edge_sdk.planning.cost import peak_mb
 from edge_sdk.protocol.measure import Fit, Link, Memory
+from edge_sdk.protocol.trainer import Described
+from edge_sdk.protocol.wire import Run
 
-__all__ = ["energy_now", "keep_rate", "link_now", "memory_now", "traffic_now"]
+__all__ = ["allowed_memory", "energy_now", "keep_rate", "link_now", "memory_now", "traffic_now"]
+
+_FORGET_S = 86_400.0
+"""After so long what ran out of free memory is tried again: another program may have held it."""
+_TRIED_AGAIN = 1.1
+"""So much more of the memory that was there when it failed, and it is tried again at once."""
 
 
-def memory_now(context: Context, fit: Fit, device: str) -> Memory:
+def memory_now(context: Context, known: Fit | Described, device: str) -> Memory:
     """Measured anew at every call; of the GPU where the trainer's ``device`` is one with its own memory.
 
     The budget is the owner's limit for the trainer less what the trainer holds at rest, and never more
@@ -27,13 +40,29 @@ def memory_now(context: Context, fit: Fit, device: str) -> Memory:
         )
     budgets = []
     if limit is not None:
-        budgets.append(limit - fit.rest_mb)
+        budgets.append(limit - known.rest_mb)
     if free is not None:
-        held = _held_mb(context, fit, on_gpu=gpu is not None)
-        budgets.append(free + held - fit.rest_mb)
+        held = _held_mb(context, known, on_gpu=gpu is not None)
+        budgets.append(free + held - known.rest_mb)
     return Memory(
-        budget_mb=max(0.0, min(budgets, default=0.0)), rest_mb=fit.rest_mb, free_mb=free, limit_mb=limit
+        budget_mb=max(0.0, min(budgets, default=0.0)), rest_mb=known.rest_mb, free_mb=free, limit_mb=limit
     )
+
+
+def allowed_memory(
+    context: Context, fit: Fit, device: str, run: Run, shortfalls: Iterable[Shortfall]
+) -> Memory:
+    """As ``memory_now``, and no more than what a training needed, by the fit, that ran out of as much.
+
+    So neither this device nor the server, which is told, plans with that again.
+    """
+    memory, now = memory_now(context, fit, device), context.clock.wall()
+    budget = memory.budget_mb
+    for one in shortfalls:
+        past = not one.lasting and not 0 <= now - one.at < _FORGET_S
+        if not past and memory.budget_mb < _TRIED_AGAIN * one.budget_mb:
+            budget = min(budget, peak_mb(fit, run.shape, run.lora, one.setting) + one.kept_mb)
+    return replace(memory, budget_mb=budget)
 
 
 def _own_memory(context: Context, device: str) -> int | None:
@@ -44,14 +73,14 @@ def _own_memory(context: Context, device: str) -> int | None:
     return int(index or 0)
 
 
-def _held_mb(context: Context, fit: Fit, *, on_gpu: bool) -> float:
+def _held_mb(context: Context, known: Fit | Described, *, on_gpu: bool) -> float:
     """What the trainer already holds, and free memory therefore lacks."""
     trainer = context.desk.trainer
     if not trainer.loaded:
         return 0.0
     pid = getattr(trainer, "pid", None)
     held = None if pid is None or on_gpu else context.machine.process_rss_mb(pid)
-    return fit.rest_mb if held is None else held
+    return known.rest_mb if held is None else held
 
 
 def link_now(context: Context) -> Link:

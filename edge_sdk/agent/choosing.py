@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from edge_sdk.agent.budgets import energy_now, link_now, memory_now, traffic_now
+from edge_sdk.agent.budgets import energy_now, link_now, traffic_now
 from edge_sdk.agent.context import Context
 from edge_sdk.agent.joining import Joining, setup_for
 from edge_sdk.agent.record import RoundRow
@@ -29,7 +29,7 @@ def first_choice(context: Context, joining: Joining, row: RoundRow, now: float) 
     if missing:
         return decline_of(context, row, "mechanism", f"this device lacks {', '.join(sorted(missing))}")
     found = choose(
-        candidates, fit=fit, budgets=_budgets(context, row, fit, described, now),
+        candidates, fit=fit, budgets=_budgets(context, joining, row, now),
         shape=run.shape, lora=run.lora, spec=offer.spec, down_bytes=_missing_bytes(context, offer),
     )  # fmt: skip
     if isinstance(found, Infeasible):
@@ -48,7 +48,7 @@ def smaller_choice(
     known = set(described.mechanisms)
     found = step_down(
         [one for one in row.offer.candidates if one.needs() <= known], failed.candidate, fit=fit,
-        budgets=_budgets(context, row, fit, described, now), shape=run.shape, lora=run.lora,
+        budgets=_budgets(context, joining, row, now), shape=run.shape, lora=run.lora,
         spec=row.offer.spec, down_bytes=_missing_bytes(context, row.offer),
     )  # fmt: skip
     if found is None:
@@ -83,9 +83,9 @@ def _known(joining: Joining) -> tuple[Run, Described, Fit]:
     return run, described, fit
 
 
-def _budgets(context: Context, row: RoundRow, fit: Fit, described: Described, now: float) -> Budgets:
+def _budgets(context: Context, joining: Joining, row: RoundRow, now: float) -> Budgets:
     """Measured now; the time is the plan's, or what the deadline leaves."""
-    memory, link = memory_now(context, fit, described.device), link_now(context)
+    (_, described, _), memory, link = _known(joining), joining.memory(), link_now(context)
     left_s = row.received + row.offer.deadline_s - now
     limits, spec = context.config.limits, row.offer.spec
     prefix = None

@@ -71,7 +71,7 @@ class Core:
     ) -> None:
         self.context = context
         self.inbox: queue.SimpleQueue[AgentEvent] = queue.SimpleQueue()
-        self.joining = Joining(context, self.fail)
+        self.joining = Joining(context, self.fail, patient=give_up_s is None)
         self.downloads = Downloads(context)
         self.uploads = Uploads(context)
         self.rounds = Rounds(context, self.joining, self.downloads, self.uploads)
@@ -86,6 +86,7 @@ class Core:
         self._run_seen = False
         self._ever_up = False
         self._exports: deque[Future[Path]] = deque()
+        self._trouble = ""
         self._live = b""
 
     # -- life -----------------------------------------------------------------------------------------
@@ -322,11 +323,14 @@ class Core:
         if self.done:
             return None
         before = self.context.nonce
-        self.joining.advance(may_start=self.context.permission == "running")
+        join_due = self.joining.advance(may_start=self.context.permission == "running")
         if self.context.nonce != before:
             self._new_run()
         self._reach()
-        times = [self.rounds.advance(now), self.downloads.tick(now), self.uploads.pump(now)]
+        if self.joining.trouble != self._trouble:
+            self._trouble = self.joining.trouble
+            self._report()
+        times = [join_due, self.rounds.advance(now), self.downloads.tick(now), self.uploads.pump(now)]
         times.append(self.ending.follow(self.aggregator, self._report, now))
         times.append(self.standing.tick(self.aggregator, now))
         if self._exports and not self.context.desk.busy:
@@ -347,7 +351,7 @@ class Core:
         reachable = (
             self._down_since is None
             and self._run_seen
-            and self.joining.ready
+            and self.joining.tells
             and self.aggregator is not None
             and self.aggregator.ready
         )

@@ -48,7 +48,9 @@ class Gating:
         self._next = now + self._context.config.gates.check_s
         profile = Profile()
         if self._gates.reads_machine:
-            profile = self._context.machine.read_profile(disk=self._context.folder)
+            profile = self._context.machine.read_profile(
+                disk=self._context.folder, gpus=self._gates.reads_heat
+            )
             for line in self._gates.blind(profile):
                 self._tell_once(line, "the work goes on without; take the key out of [gates]")
         local = datetime.fromtimestamp(self._context.clock.wall()).time()

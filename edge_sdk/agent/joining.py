@@ -8,9 +8,11 @@ from importlib import metadata
 from pathlib import Path
 
 import msgspec
+from msgspec.structs import replace
 
+from edge_sdk.agent.budgets import allowed_memory, memory_now
 from edge_sdk.agent.context import Context
-from edge_sdk.agent.record import Knowledge
+from edge_sdk.agent.record import Knowledge, Shortfall
 from edge_sdk.device.allocators import find_allocator
 from edge_sdk.errors import (
     BaseModelError,
@@ -23,10 +25,11 @@ from edge_sdk.errors import (
     ProtocolError,
     TrainerError,
 )
+from edge_sdk.planning.cost import peak_mb
 from edge_sdk.protocol.base import PROTOCOL
-from edge_sdk.protocol.measure import Fit
+from edge_sdk.protocol.measure import Fit, Memory
 from edge_sdk.protocol.model import TASKS, Fingerprint
-from edge_sdk.protocol.spec import TrainSpec
+from edge_sdk.protocol.spec import Candidate, TrainSpec
 from edge_sdk.protocol.trainer import (
     Describe,
     Described,
@@ -43,6 +46,15 @@ from edge_sdk.protocol.wire import Run
 __all__ = ["Joining", "error_of", "setup_for"]
 
 _ATTEMPTS = 3
+_SIGKILL = -9
+_KILLS = 2
+"""Unexplained SIGKILLs of one request after which memory is taken for the cause, as in a round."""
+_WAIT_S = 60.0
+_MOST_WAIT_S = 3600.0
+"""Where memory is too little to join with, it is tried again after so long, doubled up to this."""
+_PROBE_SHARES = (1.0, 0.25, 0.06, 0.015)
+"""Of the memory that seems free, what a probe may use: less each time that it was killed for its memory."""
+_SHORTFALLS = 16
 _ERRORS: dict[str, type[EdgeError]] = {
     "data": DataError,
     "base": BaseModelError,
@@ -56,20 +68,38 @@ class Joining:
     """Brings a run from its record to ``ready``, one step at a time; what was found once stays known.
 
     Raises from ``advance`` and from the trainer's replies: the error is one of this machine's, and trying
-    again cannot help.
+    again cannot help. Too little memory is no such error: ``trouble`` tells it, and it is tried again.
+
+    Args:
+        patient: try again where memory is too little; otherwise that is an error, too.
     """
 
-    def __init__(self, context: Context, fail: Callable[[EdgeError], None]) -> None:
+    def __init__(self, context: Context, fail: Callable[[EdgeError], None], *, patient: bool = True) -> None:
         self._context = context
         self._fail = fail
+        self._patient = patient
         self._found: Path | None = None
-        self._attempts = 0
+        self._begin()
         self.run: Run | None = context.record.run
         self._stored = True
         self.fingerprint: Fingerprint | None = None
         self.described: Described | None = None
         self.fit: Fit | None = None
+        self.shortfalls: tuple[Shortfall, ...] = ()
         self._key = ""
+
+    def _begin(self) -> None:
+        """Nothing has failed yet."""
+        self._attempts = self._kills = self._share = 0
+        self._retry_at, self._wait_s = 0.0, _WAIT_S
+        self.trouble = ""
+        """Why this device cannot join for now; empty: nothing is known against it."""
+
+    @property
+    def tells(self) -> bool:
+        """Whether there is something to report: all, or that memory is too little."""
+        known = self.fingerprint is not None and self.described is not None
+        return self.ready or (known and bool(self.trouble))
 
     @property
     def ready(self) -> bool:
@@ -93,32 +123,68 @@ class Joining:
             self._context.desk.abandon()
         self._stored = False
         self.run, self.fingerprint, self.described, self.fit = run, None, None, None
-        self._attempts = 0
+        self.shortfalls = ()
+        self._begin()
 
-    def advance(self, may_start: bool) -> None:
-        """Does the next step. ``may_start``: the trainer may be given work."""
+    def advance(self, may_start: bool) -> float | None:
+        """Does the next step. Returns when to look again. ``may_start``: the trainer may be given work."""
         run, desk = self.run, self._context.desk
         if run is None or self.ready:
-            return
+            return None
+        may_start = may_start and self._context.clock.monotonic() >= self._retry_at
         if self.fingerprint is None:
             base = self._find_base()
             if base is None:
                 # A hub id that is not on this disk: the trainer fetches it.
                 if may_start and not desk.busy:
                     self._ask_describe(run)
-                return
+                return self._due
             if not self._check(run, base):
-                return
+                return None
             self._remember(run)
         if self.fit is None and may_start and not desk.busy:
             if self.described is None:
                 self._ask_describe(run)
             else:
-                desk.ask(
-                    "probe",
-                    lambda id: Probe(id=id, setup=self._setup(run), levers=run.levers),
-                    self._on_reply,
-                )
+                setup = replace(self._setup(run), memory_mb=self._probe_mb(self.described))
+                desk.ask("probe", lambda id: Probe(id=id, setup=setup, levers=run.levers), self._on_reply)
+        return self._due
+
+    @property
+    def _due(self) -> float | None:
+        return self._retry_at if self._retry_at > self._context.clock.monotonic() else None
+
+    def _probe_mb(self, described: Described) -> float | None:
+        """What the trainer may hold while it probes: a limit where the owner set none, too."""
+        try:
+            free = memory_now(self._context, described, described.device).budget_mb
+        except MissingExtraError:  # a GPU whose free memory nobody tells: its driver refuses what is too much
+            return self._context.config.limits.memory_mb
+        return described.rest_mb + _PROBE_SHARES[self._share] * free
+
+    def memory(self) -> Memory:
+        """What training may use now, and no more than what was found not to be there."""
+        run, described, fit = self.run, self.described, self.fit
+        if run is None or described is None:
+            raise RuntimeError("memory was asked for before the trainer told what it holds")
+        if fit is None:
+            return memory_now(self._context, described, described.device)
+        return allowed_memory(self._context, fit, described.device, run, self.shortfalls)
+
+    def fell_short(self, candidate: Candidate, spec: TrainSpec) -> None:
+        """Keeps that a candidate ran out of memory, before another one is chosen."""
+        run, described, fit = self.run, self.described, self.fit
+        if run is None or described is None or fit is None:
+            return
+        memory, setting = memory_now(self._context, fit, described.device), candidate.setting(spec)
+        lasting = memory.limit_mb is not None and memory.limit_mb - memory.rest_mb <= memory.budget_mb
+        one = Shortfall(
+            setting=setting, kept_mb=max(0.0, candidate.peak_mb - peak_mb(fit, run.shape, run.lora, setting)),
+            budget_mb=memory.budget_mb, lasting=lasting, at=self._context.clock.wall(),
+        )  # fmt: skip
+        others = [other for other in self.shortfalls if other.setting != setting]
+        self.shortfalls = (*others[1 - _SHORTFALLS :], one)
+        self._learn()
 
     def _find_base(self) -> Path | None:
         if self._found is not None:
@@ -174,6 +240,7 @@ class Joining:
         known = self._context.record.knowledge(self._key)
         if known is not None:
             self.described, self.fit = known.described, known.fit
+            self.shortfalls = known.shortfalls
 
     def _ask_describe(self, run: Run) -> None:
         self._context.desk.ask("describe", lambda id: Describe(id=id, setup=self._setup(run)), self._on_reply)
@@ -199,25 +266,46 @@ class Joining:
                 self._learn()
             case Probed():
                 self.fit = reply.fit
+                self._begin()
                 context.emit("trainer.probed", rest_mb=reply.fit.rest_mb, layer_mb=reply.fit.layer_mb,
                              saved_mb=reply.fit.saved_mb, probes=len(reply.fit.probes))  # fmt: skip
                 self._learn()
             case Failed(cause="interrupted"):
                 pass
+            case Failed(cause="memory"):
+                self._run_out(error_of(reply))
             case Failed():
                 self._fail(error_of(reply))
             case Died():
                 self._attempts += 1
-                context.emit("trainer.died", memory=reply.memory, exit=reply.exit, message=reply.message)
-                if reply.memory or self._attempts >= _ATTEMPTS:
+                self._kills += not reply.memory and reply.exit == _SIGKILL
+                memory = reply.memory or self._kills >= _KILLS
+                context.emit("trainer.died", memory=memory, exit=reply.exit, message=reply.message)
+                if memory and self.described is not None and self._share + 1 < len(_PROBE_SHARES):
+                    self._attempts, self._kills, self._share = 0, 0, self._share + 1
+                elif memory:
+                    self._run_out(error_of(replace(reply, memory=True)))
+                elif self._attempts >= _ATTEMPTS:
                     self._fail(error_of(reply))
+
+    def _run_out(self, error: EdgeError) -> None:
+        """Too little memory to join with. Other programs end: it is tried again, ever more seldom."""
+        if not self._patient:
+            self._fail(error)
+            return
+        self._attempts = self._kills = self._share = 0
+        self.trouble = error.message
+        self._retry_at = self._context.clock.monotonic() + self._wait_s
+        self._context.emit("join.postponed", message=error.message, hint=error.hint, again_s=self._wait_s)
+        self._wait_s = min(_MOST_WAIT_S, 2 * self._wait_s)
 
     def _learn(self) -> None:
         """Keeps what the trainer found, once it is known what it is true of."""
         if self.fingerprint is not None and self.described is not None:
             with self._context.record.transaction():
                 self._context.record.save_knowledge(
-                    self._key, Knowledge(described=self.described, fit=self.fit)
+                    self._key,
+                    Knowledge(described=self.described, fit=self.fit, shortfalls=self.shortfalls),
                 )
 
 
@@ -252,7 +340,7 @@ def error_of(reply: Failed | Died) -> EdgeError:
         return _ERRORS.get(reply.cause, TrainerError)(reply.message, reply.hint)
     if isinstance(reply, Failed) or reply.memory:
         return TrainerError(
-            f"the base model does not fit in this device's memory: {reply.message}",
+            f"this device's memory is too little to train with: {reply.message}",
             "raise limits.memory_mb, close other programs, or take a smaller base",
         )
     return TrainerError(

@@ -18,11 +18,12 @@ from edge_sdk.agent.states import RoundState
 from edge_sdk.errors import StateError
 from edge_sdk.protocol.base import Digest, Name, NotNegative, Positive, Record
 from edge_sdk.protocol.measure import Fit, Measured
+from edge_sdk.protocol.spec import Setting
 from edge_sdk.protocol.trainer import Described
 from edge_sdk.protocol.wire import Choice, Decline, Offer, Run, VersionRef
 from edge_sdk.transport.outbox import Outbox
 
-__all__ = ["AgentRecord", "Knowledge", "Owed", "Packed", "RoundRow", "disk_error"]
+__all__ = ["AgentRecord", "Knowledge", "Owed", "Packed", "RoundRow", "Shortfall", "disk_error"]
 
 SCHEMA = 1
 _KEPT_ROUNDS = 64
@@ -71,11 +72,26 @@ class RoundRow(Record, frozen=True, kw_only=True):
     resent: NotNegative = 0
 
 
+class Shortfall(Record, frozen=True, kw_only=True):
+    """A training that ran out of memory although the choice reckoned that it would fit."""
+
+    setting: Setting
+    kept_mb: float = 0.0
+    """Room for kept hidden states that it was given besides."""
+    budget_mb: float
+    """What was taken to be free for it."""
+    lasting: bool
+    """The budget was the owner's limit, which does not change by itself."""
+    at: float
+    """Wall clock."""
+
+
 class Knowledge(Record, frozen=True, kw_only=True):
     """What the trainer found out about this machine, base and data; its key says what makes it void."""
 
     described: Described
     fit: Fit | None = None
+    shortfalls: tuple[Shortfall, ...] = ()
 
 
 class Owed(Record, frozen=True, kw_only=True):

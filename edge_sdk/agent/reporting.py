@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from edge_sdk.agent.budgets import link_now, memory_now
+from edge_sdk.agent.budgets import link_now
 from edge_sdk.agent.context import Context
 from edge_sdk.agent.joining import Joining
 from edge_sdk.agent.lock import holder
@@ -33,9 +33,9 @@ def speaks_readably(config: AgentConfig) -> bool:
 
 
 def status_record(context: Context, joining: Joining, position: RoundPosition | None) -> Status | None:
-    """The status as of now; None before the agent is ready to join."""
-    run, fingerprint, described, fit = joining.run, joining.fingerprint, joining.described, joining.fit
-    if run is None or fingerprint is None or described is None or fit is None:
+    """The status as of now; None before the agent is ready to join, or knows that it cannot."""
+    run, fingerprint, described = joining.run, joining.fingerprint, joining.described
+    if not joining.tells or run is None or fingerprint is None or described is None:
         return None
     config = context.config
     limits = {
@@ -51,13 +51,13 @@ def status_record(context: Context, joining: Joining, position: RoundPosition | 
         device_class=config.agent.device_class,
         emulated=config.agent.emulated,
         permission=context.permission,
-        reason=context.gate or "",
+        reason=context.gate or joining.trouble[:1024],
         fingerprint=fingerprint,
         mechanisms=described.mechanisms,
         samples=described.samples,
         profile=context.machine.read_profile(disk=context.folder),
-        fit=fit,
-        memory=memory_now(context, fit, described.device),
+        fit=joining.fit,
+        memory=joining.memory(),
         link=link_now(context),
         holds=tuple(number for number, ref in held.items() if context.store.has(ref.object)),
         position=position,
@@ -83,6 +83,7 @@ def live_state(
         "permission": context.permission,
         "reason": context.gate or "",
         "joined": joining.ready,
+        "trouble": joining.trouble,
         "state": rounds.state,
         "trainer": context.desk.task or ("loaded" if context.desk.trainer.loaded else "unloaded"),
         "error": None if error is None else error.message,
@@ -117,6 +118,7 @@ def folder_status(config: AgentConfig, clock: Clock | None = None) -> dict[str, 
     try:
         run = record.run
         live = msgspec.json.decode(record.get("live") or "{}")
+        status.update(reason="", trouble="")
         if pid is None:
             live.update(connected=False, trainer="unloaded", aggregator="unknown", reason="")
         status.update(live)

@@ -299,6 +299,8 @@ class Rounds:
         )  # fmt: skip
         if memory:
             self._save(kills=0)
+            if isinstance(row.answer, Choice):
+                self._joining.fell_short(row.answer.candidate, row.offer.spec)
             self._step_down(reply.message)
             return
         self._save(kills=kills, failures=row.failures + 1)

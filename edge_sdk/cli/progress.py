@@ -95,6 +95,8 @@ def _line(event: Event) -> str:
                 f"{f['bytes'] / 1e6:.1f} MB of today's {f['mb_per_day']:g} MB are used: what is large waits "
                 f"until {datetime.fromtimestamp(f['until']):%Y-%m-%d %H:%M}"
             )
+        case "join.postponed":
+            return f"{f['message']} ({f['hint']}); tried again in {f['again_s'] / 60:.0f} min"
         case "run.finished":
             return f"run {f['run']} has finished"
         case "problem":

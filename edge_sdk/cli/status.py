@@ -39,6 +39,8 @@ def _lines(status: dict[str, Any]) -> list[str]:
             f"state     {'connected' if status['connected'] else 'no connection'}, {status['permission']}, "
             f"round {status['state']}, trainer {status['trainer']}"
         )
+    if status["trouble"]:
+        lines.append(f"cannot    {status['trouble']}")
     if status["reason"]:
         lines.append(f"gates     closed: {status['reason']}")
     lines.append(f"run       {status['run']}{', finished' if status['finished'] else ''}")

@@ -40,7 +40,12 @@ class Gates:
     @property
     def reads_machine(self) -> bool:
         """Whether one needs battery, supply or temperature."""
-        return self._watches_power or self._config.max_temperature_c is not None
+        return self._watches_power or self.reads_heat
+
+    @property
+    def reads_heat(self) -> bool:
+        """Whether one needs the temperature, which a GPU tells through its driver alone."""
+        return self._config.max_temperature_c is not None
 
     @property
     def _watches_power(self) -> bool:

@@ -135,9 +135,10 @@ class Resident:
         if self.rest_mb >= self._limit_mb:
             self._settled = False
             raise MemoryLimitError(
-                f"the trainer holds {self.rest_mb:.0f} MB at rest, with the model loaded; "
-                f"limits.memory_mb = {self._limit_mb:.0f} leaves nothing to train with",
-                f"set limits.memory_mb well above {self.rest_mb:.0f}, or take a smaller base model",
+                f"the trainer holds {self.rest_mb:.0f} MB at rest, with the model loaded, and may hold "
+                f"{self._limit_mb:.0f} in all: nothing is left to train with",
+                f"let it have well above {self.rest_mb:.0f} MB (free memory, limits.memory_mb), or take a "
+                "smaller base model",
             )
         self._limit(self._limit_mb - self.rest_mb)
 

@@ -187,7 +187,7 @@ class FakeMachine:
         self.facts: dict[str, Any] = {}
         """Of the profile, besides: battery_percent, on_ac, temperature_c."""
 
-    def read_profile(self, *, disk: Path | None = None) -> Profile:
+    def read_profile(self, *, disk: Path | None = None, gpus: bool = False) -> Profile:
         return Profile(machine="fake", cores=2, memory_mb=16_000, free_mb=self.free_mb, **self.facts)
 
     def free_memory_mb(self) -> float | None:

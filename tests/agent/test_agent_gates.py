@@ -304,8 +304,8 @@ def test_battery_and_heat_from_files_as_the_kernel_writes_them(joined: Build, tm
         write(name.removeprefix("sys/class/"), text)
     world = joined(min_battery_percent=30, max_temperature_c=80)
 
-    def read_profile(*, disk: Path | None = None) -> Profile:
-        return real_machine.read_profile(root=root, disk=disk)
+    def read_profile(*, disk: Path | None = None, gpus: bool = False) -> Profile:
+        return real_machine.read_profile(root=root, disk=disk, gpus=gpus)
 
     world.machine.read_profile = read_profile  # type: ignore[method-assign]
     world.aggregator.offer(deadline_s=1000.0)
