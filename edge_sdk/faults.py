@@ -56,7 +56,48 @@ AGGREGATOR_PLACES = (
   what nobody needs any more is gone. ``run.finished``: the run's end is a row.
 """
 
-AGENT_PLACES: tuple[str, ...] = ()
+AGENT_PLACES = (
+    "run.joined",
+    "trainer.known",
+    "status.said",
+    "offer.kept",
+    "choice.kept",
+    "choice.said",
+    "fetch.begun",
+    "fetch.chunk",
+    "fetch.whole",
+    "fetch.kept",
+    "version.held",
+    "round.fetched",
+    "training.asked",
+    "training.done",
+    "update.packed",
+    "residual.adopted",
+    "update.adopted",
+    "update.queued",
+    "update.announced",
+    "chunk.counted",
+    "chunk.sent",
+    "update.sent",
+    "receipt.come",
+    "receipt.kept",
+    "final.held",
+    "agent.leaving",
+)
+"""Likewise, in the agent:
+
+- ``run.joined``: the run is in the record, the trainer was not asked. ``trainer.known``: what it found is.
+- ``offer.kept``: the offer is in the record, nothing is chosen. ``choice.kept``: the choice is, nobody knows.
+- ``fetch.chunk``: a chunk is on disk, the server was not told. ``fetch.whole``: so are all, under no name.
+  ``fetch.kept``: the version has its name, no row. ``version.held``: it has its row.
+- ``training.done``: the trainer answered, nothing is in the record. ``update.packed``: its files are.
+- ``residual.adopted``: the residual has its name, the update has not. ``update.adopted``: both have, no row
+  names them. ``update.queued``: the outbox has the update.
+- ``chunk.counted``: a chunk is counted, and did not go. ``update.sent``: the server holds all, there is no
+  receipt. ``receipt.come``: it came, nothing is in the record. ``receipt.kept``: the update is forgotten, its
+  file lies there.
+- ``final.held``: the final version is here, the server does not know. ``agent.leaving``: no goodbye was said.
+"""
 
 _at, _, _count = os.environ.get(VARIABLE, "").partition(":")
 _left = int(_count) if _count.isdigit() else 1

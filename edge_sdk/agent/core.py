@@ -39,6 +39,7 @@ from edge_sdk.agent.standing import Standing
 from edge_sdk.agent.states import PERMISSION, Occasion
 from edge_sdk.agent.uploads import Uploads
 from edge_sdk.errors import BrokerError, EdgeError, FingerprintError, ProtocolError
+from edge_sdk.faults import reached
 from edge_sdk.protocol.base import PROTOCOL
 from edge_sdk.protocol.frames import decode_chunk, is_chunk
 from edge_sdk.protocol.wire import (
@@ -127,6 +128,7 @@ class Core:
         """Says goodbye and lets go of everything. May be called twice, from any thread once ``run`` ended."""
         self.done = True
         context = self.context
+        reached("agent.leaving")
         with contextlib.suppress(EdgeError):
             self.standing.be_present(False)
         context.transport.stop()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from edge_sdk.agent.budgets import keep_rate
 from edge_sdk.agent.context import Context
 from edge_sdk.errors import ContainerError
+from edge_sdk.faults import reached
 from edge_sdk.protocol.frames import Chunk, transfer_id
 from edge_sdk.protocol.wire import Have, VersionRef
 from edge_sdk.transport.transfer import ObjectReceiver, chunk_count, sweep_partials
@@ -53,6 +54,7 @@ class Downloads:
                 fetch = _Fetch(ref, receiver, chunk_bytes, window, now, receiver.received_bytes, now)
                 self._fetches[transfer] = fetch
                 self._ask(fetch, now)
+                reached("fetch.begun")
                 if receiver.complete:
                     self._finish(transfer, fetch)
         return all(context.store.has(ref.object) for ref in refs)
@@ -78,6 +80,7 @@ class Downloads:
             self._answer_stray(chunk)
             return
         if fetch.receiver.accept(chunk):
+            reached("fetch.chunk")
             fetch.patience = _ASK_S
         if fetch.receiver.complete:
             self._ask(fetch, now)
@@ -122,6 +125,7 @@ class Downloads:
     def _finish(self, transfer: bytes, fetch: _Fetch) -> None:
         context, now = self._context, self._context.clock.monotonic()
         del self._fetches[transfer]
+        reached("fetch.whole")
         try:
             fetch.receiver.finish(context.store)
         except ContainerError as error:
@@ -134,6 +138,8 @@ class Downloads:
         self._adopt(fetch.ref)
 
     def _adopt(self, ref: VersionRef) -> None:
+        reached("fetch.kept")
         with self._context.record.transaction():
             self._context.record.add_version(ref)
+        reached("version.held")
         self._context.emit("version.held", version=ref.number, bytes=ref.bytes)

@@ -9,6 +9,7 @@ from edge_sdk.agent.downloads import Downloads
 from edge_sdk.agent.joining import Joining
 from edge_sdk.agent.rounds import Rounds
 from edge_sdk.errors import BrokerError, EdgeError
+from edge_sdk.faults import reached
 from edge_sdk.protocol.wire import AggregatorState
 
 __all__ = ["Ending"]
@@ -64,6 +65,7 @@ class Ending:
             if not self._downloads.want([final], *self._transfer_terms()):
                 return None
         self._told = True
+        reached("final.held")
         report()
         self._context.emit("run.finished", run=run.run, version=None if final is None else final.number)
         return None

@@ -25,6 +25,7 @@ from edge_sdk.errors import (
     ProtocolError,
     TrainerError,
 )
+from edge_sdk.faults import reached
 from edge_sdk.planning.cost import peak_mb
 from edge_sdk.protocol.base import PROTOCOL
 from edge_sdk.protocol.measure import Fit, Memory
@@ -232,6 +233,7 @@ class Joining:
         known = context.record.run
         if known is None or known.nonce != run.nonce:
             dropped = context.record.begin_run(run)
+            reached("run.joined")
             context.emit("run.joined", run=run.run, nonce=run.nonce, dropped_updates=dropped)
         return True
 
@@ -307,6 +309,7 @@ class Joining:
                     self._key,
                     Knowledge(described=self.described, fit=self.fit, shortfalls=self.shortfalls),
                 )
+            reached("trainer.known")
 
 
 def setup_for(context: Context, run: Run, spec: TrainSpec) -> Setup:

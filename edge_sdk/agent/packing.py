@@ -8,6 +8,7 @@ from msgspec.structs import replace
 
 from edge_sdk.agent.context import Context
 from edge_sdk.agent.record import Packed, RoundRow
+from edge_sdk.faults import reached
 from edge_sdk.protocol.model import Fingerprint
 from edge_sdk.protocol.wire import Announce, Choice
 
@@ -31,7 +32,12 @@ def adopt_update(
     """
     offer = row.offer
     # The update last: once it is gone from its place, the residual is in the store.
-    adopted = [context.store.adopt(file) for file in reversed(_files(packed))]
+    adopted = []
+    for file in reversed(_files(packed)):
+        if adopted:
+            reached("residual.adopted")
+        adopted.append(context.store.adopt(file))
+    reached("update.adopted")
     digest, size = adopted[-1]
     announce = Announce(
         device=context.device, run=offer.run, round=offer.round, nonce=offer.nonce,
@@ -48,6 +54,7 @@ def adopt_update(
             record.remove_owed(one)
         record.save_round(replace(row, state=None))
         record.forget_old_rounds()
+    reached("update.queued")
     return announce
 
 

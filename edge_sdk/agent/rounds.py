@@ -20,6 +20,7 @@ from edge_sdk.agent.packing import adopt_update, lies_whole, sweep_objects
 from edge_sdk.agent.record import Packed, RoundRow
 from edge_sdk.agent.states import ROUND, Occasion, RoundState
 from edge_sdk.agent.uploads import Uploads
+from edge_sdk.faults import reached
 from edge_sdk.protocol.trainer import Died, Failed, Progress, Train, Trained, TrainerReply
 from edge_sdk.protocol.wire import Choice, Decline, DeclineReason, Offer, RoundPosition
 
@@ -190,6 +191,7 @@ class Rounds:
             received=context.clock.monotonic(), boot=context.boot,
         )  # fmt: skip
         self._save()
+        reached("offer.kept")
         self._retry_at = 0.0
         context.emit(
             "round.offer", round=offer.round, candidates=len(offer.candidates), deadline_s=offer.deadline_s
@@ -208,6 +210,7 @@ class Rounds:
     def _answer(self, choice: Choice) -> None:
         """On disk first, then said."""
         self._save(state="fetching", answer=choice, failures=0, packed=None)
+        reached("choice.kept")
         one = choice.candidate
         self._context.emit(
             "round.choice", round=choice.round, attempt=choice.attempt, candidate=one.id, depth=one.depth,
@@ -215,6 +218,7 @@ class Rounds:
             seconds=one.seconds, bytes_up=one.bytes_up, reason=choice.reason,
         )  # fmt: skip
         self._context.say(choice)
+        reached("choice.said")
 
     def _fetch(self) -> None:
         row = self.row
@@ -223,6 +227,7 @@ class Rounds:
         self._downloads.keep_only(row.offer.versions)
         if self._downloads.want(row.offer.versions, row.offer.chunk_bytes, row.offer.window):
             self._save(state="training")
+            reached("round.fetched")
 
     def _train(self) -> None:
         context, row, joining = self._context, self.row, self._joining
@@ -253,6 +258,7 @@ class Rounds:
         self._training, self._tainted = True, False
         context.emit("training.start", round=row.round, attempt=choice.attempt)
         context.desk.ask("train", build, lambda reply: self._on_reply(reply, owed))
+        reached("training.asked")
 
     def _on_reply(self, reply: TrainerReply, owed: tuple[str, ...]) -> None:
         row = self.row
@@ -267,6 +273,7 @@ class Rounds:
         if row is None or row.state != "training" or self._tainted:
             return
         if isinstance(reply, Trained):
+            reached("training.done")
             measured = reply.measured
             if not all(isfinite(getattr(measured, name)) for name in measured.__struct_fields__):
                 # JSON has no such numbers, and no aggregator would take the update.
@@ -281,6 +288,7 @@ class Rounds:
                 owed=owed, boot=self._context.boot,
             )  # fmt: skip
             self._save(state="packing", packed=packed)
+            reached("update.packed")
         elif isinstance(reply, Failed | Died) and not (
             isinstance(reply, Failed) and reply.cause == "interrupted"
         ):

@@ -8,6 +8,7 @@ from edge_sdk.agent.context import Context
 from edge_sdk.agent.joining import Joining
 from edge_sdk.agent.reporting import status_record
 from edge_sdk.agent.rounds import Rounds
+from edge_sdk.faults import reached
 from edge_sdk.protocol.wire import AggregatorState, Presence, encode
 
 __all__ = ["Standing"]
@@ -53,6 +54,7 @@ class Standing:
         present = 0 if aggregator is None else aggregator.round
         status = status_record(context, self._joining, self._rounds.position(present))
         if status is not None and context.say(status):
+            reached("status.said")
             context.emit(
                 "agent.reported", permission=status.permission, reason=status.reason, holds=list(status.holds)
             )  # fmt: skip

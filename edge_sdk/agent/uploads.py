@@ -11,6 +11,7 @@ from edge_sdk.agent.context import Context
 from edge_sdk.agent.record import Owed
 from edge_sdk.agent.states import ITEM, ItemState, Occasion
 from edge_sdk.errors import StateError
+from edge_sdk.faults import reached
 from edge_sdk.protocol.frames import HEADER_BYTES, transfer_id
 from edge_sdk.protocol.wire import Announce, Have, Receipt, Refusal
 from edge_sdk.transport.outbox import OutboxItem
@@ -81,6 +82,7 @@ class Uploads:
         transfer = self._transfer(item, now)
         transfer.heard = now
         self._context.say(_announce(item))
+        reached("update.announced")
 
     def on_have(self, have: Have, now: float) -> None:
         """Credit for one of the items. Raises ProtocolError where it does not fit."""
@@ -92,6 +94,8 @@ class Uploads:
         transfer.heard, transfer.patience = now, _QUERY_S
         done = transfer.sender.complete
         self._set_state(item, "awaiting-receipt" if done else "sending")
+        if done:
+            reached("update.sent")
         if done and item.state != "awaiting-receipt" and transfer.sender.rate_bps is not None:
             keep_rate(self._context, "up", transfer.sender.rate_bps)
 
@@ -99,6 +103,7 @@ class Uploads:
         item = self._items.get((receipt.run, receipt.round))
         if item is None or item.announce.object != receipt.object:
             return
+        reached("receipt.come")
         resent = self._forget(item, "received")
         self._context.emit(
             "update.receipt", round=receipt.round, bytes=item.announce.bytes, bytes_resent=resent
@@ -179,11 +184,13 @@ class Uploads:
         context, size = self._context, len(frame) - HEADER_BYTES
         with context.record.counting():
             context.record.outbox.count_sent(*item.key, size, 1)
+        reached("chunk.counted")
         before = self._items[item.key]
         self._items[item.key] = replace(
             before, bytes_sent=before.bytes_sent + size, chunks_sent=before.chunks_sent + 1
         )
         context.publish(context.topics.bulk(context.device), frame, chunks_up=1, chunk_bytes_up=size)
+        reached("chunk.sent")
 
     def _transfer(self, item: OutboxItem, now: float) -> _Transfer:
         transfer = self._transfers.get(item.key)
@@ -229,6 +236,7 @@ class Uploads:
             if clear_residual:
                 record.put("residual", None)
             record.count(self._context.nonce, bytes_resent=resent, **{f"updates_{outcome}": 1})
+        reached("receipt.kept")
         del self._items[item.key]
         self._transfers.pop(item.key, None)
         if not owed:
