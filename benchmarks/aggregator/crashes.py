@@ -17,7 +17,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +119,12 @@ def _what_is_left(folder: Path) -> dict[str, Any]:
     }
 
 
-def run(places: Sequence[str], keep: Path | None = None) -> tuple[list[dict[str, Any]], list[Claim]]:
+def run(config: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[Claim]]:
+    rows = matrix(config["places"] or all_places())
+    return rows, claims_of(rows)
+
+
+def matrix(places: Sequence[str], keep: Path | None = None) -> list[dict[str, Any]]:
     """The undisturbed run, then one for each place. ``keep``: where folders of runs that failed go."""
     rows = []
     with tempfile.TemporaryDirectory() as name, start_embedded(Path(name) / "broker") as broker:
@@ -133,7 +138,7 @@ def run(places: Sequence[str], keep: Path | None = None) -> tuple[list[dict[str,
             if not good and keep is not None:
                 shutil.copytree(folder, keep / folder.name, dirs_exist_ok=True)
             shutil.rmtree(folder)
-    return rows, claims_of(rows)
+    return rows
 
 
 def is_good(row: dict[str, Any]) -> bool:
@@ -165,7 +170,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the rows there")
     parser.add_argument("--keep", type=Path, help="where folders of runs that failed go")
     options = parser.parse_args()
-    rows, _ = run(options.at or all_places(), options.keep)
+    rows = matrix(options.at or all_places(), options.keep)
     if options.json is not None:
         options.json.write_text(json.dumps(rows))
     sys.exit(0 if all(is_good(row) and not row["acknowledged_lost"] for row in rows) else 1)
