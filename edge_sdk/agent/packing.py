@@ -32,7 +32,7 @@ def adopt_update(
     """
     offer = row.offer
     # The update last: once it is gone from its place, the residual is in the store.
-    adopted = []
+    adopted: list[tuple[str, int]] = []
     for file in reversed(_files(packed)):
         if adopted:
             reached("residual.adopted")
