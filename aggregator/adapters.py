@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from math import sqrt
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
-from aggregator.merging.base import Contribution, MergeRule
+from aggregator.merging.base import Contribution, MergeRule, Sizes
+from aggregator.merging.streaming import Merge
+from aggregator.round_port import Made
+from aggregator.server_optimizers.base import ServerOptimizer
+from aggregator.server_optimizers.keeping import Stepping
 from aggregator.state.base import ParticipationRow, VersionRow
 from aggregator.validation import refuse
 from edge_sdk.errors import EdgeError
 from edge_sdk.protocol.wire import Announce, Refusal, Run
 from edge_sdk.transport.objects import ObjectStore
-from edge_sdk.updates.container import read_container, rows_of
-from edge_sdk.updates.initial import initial_adapter
-from edge_sdk.updates.keys import Adapter, check_shape
-from edge_sdk.updates.versions import read_adapter, write_version
+from edge_sdk.updates.codecs import Floats
+from edge_sdk.updates.container import Container, Forms, read_container, rows_of
+from edge_sdk.updates.initial import initial_adapter, initial_slots
+from edge_sdk.updates.keys import check_shape, layer_of
+from edge_sdk.updates.versions import VersionChain, VersionWriter, delta_is_smaller
 
-__all__ = ["Adapters"]
+__all__ = ["Adapters", "layer_changes"]
 
 MAX_CHANGE = 1e4
 """Largest value of an update: far above any that trains."""
@@ -32,42 +40,94 @@ class Adapters:
 
     Args:
         folder: where files lie while they are written; whoever starts the server empties it.
-        seed: of the run, for the first version.
+        seed: of the run, for the first version and for slots that begin anew.
+        full_every: a chain of versions has so many at most, a full one and deltas.
     """
 
-    def __init__(self, run: Run, merge: MergeRule, objects: ObjectStore, folder: Path, seed: int) -> None:
+    def __init__(
+        self,
+        run: Run,
+        merge: MergeRule,
+        objects: ObjectStore,
+        folder: Path,
+        seed: int,
+        *,
+        server_optimizer: ServerOptimizer | None = None,
+        full_every: int = 8,
+    ) -> None:
         self._run = run
-        self._merge = merge
+        self._rule = merge
         self._objects = objects
         self._folder = folder
         self._seed = seed
+        self._optimizer = server_optimizer
+        self._full_every = full_every
+        self._forms = Forms()
 
-    def initial(self) -> tuple[str, int]:
-        """Version 0: digest and bytes of its object, durable."""
-        return self._write(0, 0, initial_adapter(self._run.shape, self._run.lora, self._seed))
+    def initial(self) -> Made:
+        """Version 0: durable."""
+        adapter = initial_adapter(self._run.shape, self._run.lora, self._seed)
+        sizes = {key: (rows.shape[0], rows.shape[1]) for key, rows in adapter.items()}
+        path = self._folder / "version-0.safetensors"
+        with self._writer(path, sizes, 0, 0, None) as writer:
+            for key, rows in adapter.items():
+                writer.write(key, None, rows)
+        return Made(*self._objects.adopt(path))
 
     def merged(
         self, number: int, round: int, chain: Sequence[VersionRow], updates: Sequence[ParticipationRow]
-    ) -> tuple[str, int]:
+    ) -> Made:
         """Version ``number``: what the round's updates make of the version that ``chain`` leads to.
 
-        The server reads the version back from its file: every holder of it has the same bits.
+        The server reads the version back from its file: every holder of it has the same bits. Parts are read,
+        merged and written a few at a time. Raises ContainerError for updates that cannot be merged.
         """
-        current = self._read(chain)
+        before = self._read(chain)
         contributions = [
             Contribution(path=self._objects.path(row.object), device=row.device, samples=row.samples)
             for row in sorted(updates, key=lambda row: row.device)
             if row.object is not None and row.samples is not None
         ]
-        return self._write(number, round, self._merge.merge(current, contributions))
+        merge = Merge(self._rule, before, contributions, self._fresh(number))
+        whole = {**before.sizes, **merge.sizes}
+        parent = None
+        if (
+            len(chain) < self._full_every
+            and whole.keys() == before.sizes.keys()
+            and all(whole[key] == size for key, size in before.sizes.items())
+            and delta_is_smaller(whole, merge.sizes)
+        ):
+            parent = before.number
+        path = self._folder / f"version-{number}.safetensors"
+        norms = _LayerNorms(self._run.shape.layers)
+        stepping = self._stepping(whole, chain[-1], round, number)
+        with (
+            stepping or nullcontext(),
+            self._writer(path, merge.sizes if parent is not None else whole, round, number, parent) as writer,
+        ):
+            for key, was, becomes in merge.parts():
+                if stepping is not None and was is not None:
+                    becomes = stepping.step(key, was, becomes)
+                norms.add(key, was, writer.write(key, was, becomes.astype(np.float32)))
+            if parent is None:
+                for key in before.sizes.keys() - merge.sizes.keys():
+                    was = before.tensor(key)
+                    norms.add(key, was, writer.write(key, was, was))
+        states = {}
+        if stepping is not None:
+            states = {name: self._objects.adopt(file)[0] for name, file in stepping.files.items()}
+        digest, size = self._objects.adopt(path)
+        return Made(
+            digest, size, parent, msgspec.json.encode(states).decode() if states else None, norms.result()
+        )
 
     def check(self, path: Path, announce: Announce, chain: Sequence[VersionRow]) -> Refusal | None:
-        """Whether a complete container is what its announce said, fits the run, and leads to values that a
-        version can hold. ``chain`` leads to the version that it builds on.
+        """Whether a complete container is what its announce said, fits the run and its merge rule, and leads
+        to values that a version can hold. ``chain`` leads to the version that it builds on.
         """
         run = self._run
         try:
-            with read_container(path, "update") as container:
+            with read_container(path, "update", self._forms) as container:
                 header = container.header
                 said = (
                     ("run", header.run, announce.run),
@@ -84,39 +144,86 @@ class Adapters:
                             f"the container's {what} is {inside!r}, the announce says {outside!r}",
                         )
                 check_shape(header, run.shape, run.lora, announce.candidate.depth, run.spec.factors)
-                current = self._read(chain)
-                for key, part in sorted(container.parts.items()):
-                    try:
-                        change = container.tensor(key)
-                    except EdgeError as error:
-                        return refuse(announce, "nonfinite", error.message, error.hint)
-                    for rows, what, most in (
-                        (change, "changes a value by", MAX_CHANGE),
-                        (current[key][rows_of(part)] + change, "leads to a value of", MAX_VALUE),
-                    ):
-                        largest = float(np.abs(rows).max(initial=0.0))
-                        if largest > most:
-                            return refuse(
-                                announce,
-                                "nonfinite",
-                                f"part {key!r} {what} {largest:.3g}; at most {most:g} can be taken",
-                                "training has diverged: lower the learning rates",
-                            )
+                self._rule.check(container.parts)
+                return self._check_values(container, announce, self._read(chain))
         except EdgeError as error:
             return refuse(announce, "shape", error.message, error.hint)
+
+    def _check_values(
+        self, container: Container, announce: Announce, current: VersionChain
+    ) -> Refusal | None:
+        for key, part in sorted(container.parts.items()):
+            try:
+                change = container.tensor(key)
+            except EdgeError as error:
+                return refuse(announce, "nonfinite", error.message, error.hint)
+            for rows, what, most in (
+                (change, "changes a value by", MAX_CHANGE),
+                (current.tensor(key)[rows_of(part)] + change, "leads to a value of", MAX_VALUE),
+            ):
+                largest = float(np.abs(rows).max(initial=0.0))
+                if largest > most:
+                    return refuse(
+                        announce,
+                        "nonfinite",
+                        f"part {key!r} {what} {largest:.3g}; at most {most:g} can be taken",
+                        "training has diverged: lower the learning rates",
+                    )
         return None
 
-    def _read(self, chain: Sequence[VersionRow]) -> Adapter:
-        return read_adapter([self._objects.path(version.object) for version in chain])
+    def _read(self, chain: Sequence[VersionRow]) -> VersionChain:
+        return VersionChain([self._objects.path(version.object) for version in chain], forms=self._forms)
 
-    def _write(self, number: int, round: int, adapter: Adapter) -> tuple[str, int]:
-        path = self._folder / f"version-{number}.safetensors"
-        write_version(
-            path,
+    def _fresh(self, number: int) -> Callable[[str, tuple[int, int]], Floats]:
+        return lambda key, size: initial_slots(key, size, self._seed, number)
+
+    def _stepping(self, sizes: Sizes, last: VersionRow, round: int, number: int) -> Stepping | None:
+        if self._optimizer is None:
+            return None
+        held: Mapping[str, str] = msgspec.json.decode(last.optimizer) if last.optimizer else {}
+        return Stepping(
+            self._optimizer,
+            sizes,
+            {name: self._objects.path(digest) for name, digest in held.items()},
+            self._folder,
             run=self._run.run,
             round=round,
             number=number,
             fingerprint=self._run.fingerprint.digest,
-            adapter=adapter,
         )
-        return self._objects.adopt(path)
+
+    def _writer(self, path: Path, sizes: Sizes, round: int, number: int, parent: int | None) -> VersionWriter:
+        return VersionWriter(
+            path,
+            sizes,
+            run=self._run.run,
+            round=round,
+            number=number,
+            fingerprint=self._run.fingerprint.digest,
+            parent=parent,
+        )
+
+
+class _LayerNorms:
+    """How far the slots of each layer moved: the Euclidean norm over all of them."""
+
+    def __init__(self, layers: int) -> None:
+        self._squares = [0.0] * layers
+
+    def add(self, key: str, before: Floats | None, after: Floats) -> None:
+        layer = layer_of(key)
+        if layer is not None:
+            change = after.astype(np.float64) if before is None else after.astype(np.float64) - before
+            self._squares[layer] += float(np.square(change).sum())
+
+    def result(self) -> tuple[float, ...]:
+        return tuple(sqrt(square) for square in self._squares)
+
+
+def layer_changes(before: VersionChain, after: VersionChain) -> tuple[float, ...]:
+    """How far the slots of each layer moved from one version to another, a part in memory at a time."""
+    layers = [layer for key in after.sizes if (layer := layer_of(key)) is not None]
+    norms = _LayerNorms(max(layers, default=-1) + 1)
+    for key in sorted(after.sizes):
+        norms.add(key, before.tensor(key) if key in before.sizes else None, after.tensor(key))
+    return norms.result()

@@ -13,7 +13,7 @@ from aggregator.evaluation import Evaluator, failure, setup_of
 from aggregator.methods.base import Method
 from aggregator.state.base import RunRow, Store
 from edge_sdk.clock import Clock
-from edge_sdk.config.run import RunConfig
+from edge_sdk.config.run import MergeSection, RunConfig
 from edge_sdk.data.base_files import find_base, fingerprint_of
 from edge_sdk.errors import BaseModelError, FingerprintError, StateError
 from edge_sdk.protocol.model import Fingerprint, LoraShape, ModelShape
@@ -23,12 +23,14 @@ from edge_sdk.protocol.wire import Run, encode
 __all__ = ["begin_run", "check_same", "make_run", "mathematics", "run_fingerprint"]
 
 _RUN_KEYS = ("method", "task", "labels", "seed")
+_SINCE = {f"merge.{key}": value for key, value in msgspec.structs.asdict(MergeSection()).items()}
+"""What a run began with that was made before there were these keys."""
 
 
 def mathematics(config: RunConfig) -> dict[str, Any]:
     """The config's keys that change what the run computes, by dotted name. The base is not among them:
     where it lies may change, what it is may not, and the fingerprint tells."""
-    sections = {"lora": config.lora, "training": config.training}
+    sections = {"lora": config.lora, "training": config.training, "merge": config.merge}
     values = {f"run.{key}": getattr(config.run, key) for key in _RUN_KEYS}
     values["run.template"] = config.run.row_template
     for name, section in sections.items():
@@ -155,8 +157,9 @@ def check_same(row: RunRow, config: RunConfig, cache: Path) -> Path:
 
 def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     for key in sorted({*before, *now}):
-        if before.get(key) != now.get(key):
-            yield f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
+        was = before.get(key, _SINCE.get(key))
+        if was != now.get(key):
+            yield f"{key} was {was!r} and is {now.get(key)!r}"
 
 
 def _lora(config: RunConfig) -> LoraShape:

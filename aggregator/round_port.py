@@ -10,7 +10,7 @@ from aggregator.planner.plan import RoundPlan
 from aggregator.state.base import ParticipationRow, VersionRow
 from edge_sdk.protocol.wire import Offer, Status
 
-__all__ = ["RoundsPort", "Terms"]
+__all__ = ["Made", "RoundsPort", "Terms"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,20 @@ class Terms:
     window: int
 
 
+@dataclass(frozen=True)
+class Made:
+    """A version that was made, and is durable, but that no row names yet."""
+
+    object: str
+    bytes: int
+    parent: int | None = None
+    """The version that it is a delta to; None: it is a full one."""
+    optimizer: str | None = None
+    """Of the server optimizer: its state's objects, by name, as JSON."""
+    layer_changes: tuple[float, ...] = ()
+    """How far the slots of each layer moved, from layer 0 on."""
+
+
 class RoundsPort(Protocol):
     """What the rounds need of the server around them."""
 
@@ -32,13 +46,11 @@ class RoundsPort(Protocol):
         """``previous``: the depth recommended to each device in the round before."""
         ...
 
-    def initial_version(self) -> tuple[str, int]:
-        """Digest and bytes of version 0's object."""
-        ...
+    def initial_version(self) -> Made: ...
 
     def merged_version(
         self, number: int, round: int, chain: Sequence[VersionRow], updates: Sequence[ParticipationRow]
-    ) -> tuple[str, int]: ...
+    ) -> Made: ...
 
     def utilities(
         self, chain: Sequence[VersionRow], version: VersionRow, updates: Sequence[ParticipationRow]

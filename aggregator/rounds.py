@@ -283,13 +283,13 @@ class Rounds:
             self._close_empty()
             return True
         if row.number == 0:
-            number, (digest, size) = 0, self._port.initial_version()
+            number, made = 0, self._port.initial_version()
         else:
             builds_on = self._built_on()
             number = builds_on + 1
             chain = self.chain(builds_on)
             try:
-                digest, size = self._port.merged_version(number, row.number, chain, received)
+                made = self._port.merged_version(number, row.number, chain, received)
             except ContainerError as error:
                 # The same files would give the same error at every start: the run goes on without them.
                 self._port.emit(
@@ -298,7 +298,10 @@ class Rounds:
                 self._close_empty()
                 return True
         wall = self._clock.wall()
-        version = VersionRow(self._name, number, row.number, digest, size, None, "global", wall)
+        version = VersionRow(
+            self._name, number, row.number, made.object, made.bytes, made.parent, "global", wall,
+            optimizer=made.optimizer,
+        )  # fmt: skip
         if row.number > 0:
             version = replace(version, utilities=self._port.utilities(chain, version, received))
         with self._store.transaction():
@@ -314,7 +317,8 @@ class Rounds:
             "version.made",
             version=number,
             round=row.number,
-            bytes=size,
+            bytes=made.bytes,
+            full=made.parent is None,
             updates=len(received),
             seconds=self._row.merge_s,
         )

@@ -16,7 +16,7 @@ from aggregator.participations import deepest_of
 from aggregator.planner.plan import RoundPlan, plan_round
 from aggregator.planner.utility import layer_utilities, read_utilities, write_utilities
 from aggregator.reception import Reception
-from aggregator.round_port import Terms
+from aggregator.round_port import Made, Terms
 from aggregator.rounds import Rounds
 from aggregator.state.base import ParticipationRow, Store, VersionRow
 from aggregator.state.folder import StateFolder
@@ -81,7 +81,15 @@ class Running:
         namespace = config.broker.namespace
         self.ledger = Ledger(store, run.run, server.traffic)
         self.fleet = Fleet(store, run)
-        self.adapters = Adapters(run, method.merge, objects, folder.work, config.run.seed)
+        self.adapters = Adapters(
+            run,
+            method.merge,
+            objects,
+            folder.work,
+            config.run.seed,
+            server_optimizer=method.server_optimizer,
+            full_every=config.merge.full_every,
+        )
         terms = Terms(
             total=config.rounds.total,
             min_devices=config.rounds.min_devices,
@@ -181,6 +189,7 @@ class Running:
             round=self.rounds.row.number,
             rounds=self._config.rounds.total,
             version=None if newest is None else newest.ref,
+            chain=() if newest is None else tuple(one.ref for one in self.rounds.chain(newest.number)[:-1]),
             finished=self.rounds.finished,
         )
 
@@ -206,12 +215,12 @@ class Running:
             previous=previous,
         )
 
-    def initial_version(self) -> tuple[str, int]:
+    def initial_version(self) -> Made:
         return self.adapters.initial()
 
     def merged_version(
         self, number: int, round: int, chain: Sequence[VersionRow], updates: Sequence[ParticipationRow]
-    ) -> tuple[str, int]:
+    ) -> Made:
         return self.adapters.merged(number, round, chain, updates)
 
     def utilities(

@@ -22,7 +22,7 @@ import msgspec
 
 from aggregator.brokerage import Brokerage
 from aggregator.evaluation import Evaluator
-from aggregator.methods.base import find_method
+from aggregator.methods.merging import method_of
 from aggregator.preparing import begin_run, check_same
 from aggregator.running import Running
 from aggregator.state.base import Store
@@ -178,7 +178,7 @@ class Aggregator:
         self._store_or_none = open_store(self._folder)
         self._objects = ObjectStore(self._folder.objects)
         check_objects(self._store, self._objects)
-        self._method = find_method(self.config.run.method)
+        self._method = method_of(self.config)
         if self._trainer is None:
             self._trainer = _own_trainer(self._folder.trainer, self.config)
         self._trainer.start(self._inbox.put)

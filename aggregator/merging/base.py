@@ -1,18 +1,30 @@
-"""The merge: what a round's updates make of the current adapter. One file a rule."""
+"""The merge: what a round's updates make of the current adapter. One file a rule.
+
+A rule sees one group of parts at a time, the two factors of a module or one dense part, and one update after
+the other, in an order that does not depend on how they came. It never sees files.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from edge_sdk.errors import ContainerError
-from edge_sdk.updates.container import Container, fits, read_container
-from edge_sdk.updates.keys import Adapter
+from edge_sdk.protocol.container import Part
+from edge_sdk.updates.codecs import Floats
+from edge_sdk.updates.container import rows_of
 
-__all__ = ["Contribution", "MergeRule", "Opened", "open_all"]
+__all__ = ["Change", "Contribution", "Doubles", "Gathering", "MergeRule", "Sizes", "groups_of", "pair"]
+
+Doubles = npt.NDArray[np.float64]
+Sizes = Mapping[str, tuple[int, int]]
+"""Rows and width of parts, by key."""
 
 
 @dataclass(frozen=True)
@@ -31,48 +43,77 @@ class Contribution:
             )
 
 
-class MergeRule(Protocol):
-    """The same updates give the same bytes, in whatever order they came."""
+class Change(NamedTuple):
+    """What an update changes of one part: rows as its device decoded them, and which rows they are."""
+
+    part: Part
+    rows: Floats
 
     @property
-    def name(self) -> str: ...
+    def at(self) -> slice | list[int]:
+        return rows_of(self.part)
 
-    def merge(self, current: Adapter, contributions: Sequence[Contribution]) -> Adapter:
-        """The new adapter; ``current`` stays as it is. Raises ContainerError for a damaged update."""
+
+class Gathering(Protocol):
+    """One group of parts, while updates are added to it."""
+
+    def add(self, changes: Mapping[str, Change], weight: float) -> None:
+        """One update's changes of this group, by key; ``weight`` is its samples times what it counts."""
+        ...
+
+    def result(self) -> Mapping[str, Doubles]:
+        """The parts as they become. Rows that nobody changed have the values that they had."""
         ...
 
 
-@dataclass(frozen=True)
-class Opened:
-    """A contribution whose container was checked against the adapter. Its tensors are still on disk."""
+class MergeRule:
+    """The same updates give the same bytes, in whatever order they came.
 
-    device: str
-    container: Container
-    weight: float
-    """samples · weight: what it weighs in a mean."""
-
-
-def open_all(current: Adapter, contributions: Sequence[Contribution]) -> list[Opened]:
-    """The contributions in the one order that every rule uses: by device, then by round.
-
-    Raises ContainerError for one that does not fit ``current`` or the others, or comes twice.
+    Attributes:
+        name: what ``merge.rule`` calls it.
+        keeps_slots: a slot goes on where it was. Otherwise what refers to a slot of the last version (a
+            residual, a server optimizer's state) means nothing in the next one, and is refused.
+        reinit, fold: what the rule asks of devices, by the words of ``TrainSpec``.
     """
-    opened: dict[tuple[str, int], Opened] = {}
-    for one in contributions:
-        container = read_container(one.path, "update")
-        place = (one.device, container.header.round)
-        if place in opened:
-            raise ContainerError(f"two updates of {one.device} for round {place[1]} would both count")
-        _check(one, container, current)
-        opened[place] = Opened(one.device, container, one.samples * one.weight)
-    fingerprints = {one.container.header.fingerprint for one in opened.values()}
-    if len(fingerprints) > 1:
-        raise ContainerError(f"updates of {len(fingerprints)} different fingerprints cannot be merged")
-    return [opened[place] for place in sorted(opened)]
+
+    name: str
+    keeps_slots: bool = True
+    reinit: str = "none"
+    fold: str = "none"
+
+    def begin(self, before: Mapping[str, Floats]) -> Gathering:
+        """``before``: the group's parts as they are, with the fold of its module where there is one."""
+        raise NotImplementedError
+
+    def check(self, parts: Mapping[str, Part]) -> None:
+        """Raises ContainerError for an update that this rule cannot merge, before it is stored."""
+
+    def room(self, sizes: Sizes) -> int:
+        """Bytes that a gathering of a group of these sizes takes at most."""
+        return 3 * 8 * sum(rows * width for rows, width in sizes.values())
+
+    def sizes_after(self, sizes: Sizes, trained: Mapping[str, int]) -> Sizes:  # noqa: ARG002 - those who grow do
+        """A group's sizes after the merge; ``trained``: rows of each part, summed over the updates."""
+        return sizes
 
 
-def _check(one: Contribution, container: Container, current: Adapter) -> None:
-    for key, part in container.parts.items():
-        rows = current.get(key)
-        if rows is None or not fits(part, rows.shape):
-            raise ContainerError(f"the update of {one.device} has a part {key!r} that the adapter has not")
+def groups_of(sizes: Sizes) -> list[tuple[str, ...]]:
+    """The keys in groups: what belongs to one module, or one dense part. Input's layers first, dense last."""
+    groups: dict[tuple[bool, int, str], list[str]] = {}
+    for key in sizes:
+        name = key.removeprefix("fold.")
+        if name.startswith("dense."):
+            groups.setdefault((True, 0, name), []).append(key)
+        else:
+            layer, _, module = name.rpartition(".")[0].partition(".")
+            groups.setdefault((False, int(layer), module), []).append(key)
+    return [tuple(sorted(groups[place])) for place in sorted(groups)]
+
+
+def pair(keys: Iterable[str]) -> tuple[str, str] | None:
+    """The keys of A and B of a group's slots; None: a dense part."""
+    slots = [key for key in keys if not key.startswith(("fold.", "dense."))]
+    if not slots:
+        return None
+    a, b = sorted(slots)
+    return a, b

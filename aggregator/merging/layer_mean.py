@@ -8,38 +8,45 @@ trained stays. A and B are averaged separately. With equal depths this is FedAvg
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
-from aggregator.merging.base import Contribution, Opened, open_all
+from aggregator.merging.base import Change, Doubles, MergeRule
 from edge_sdk.updates.codecs import Floats
-from edge_sdk.updates.container import rows_of
-from edge_sdk.updates.keys import Adapter
 
-__all__ = ["LayerMean"]
+__all__ = ["RULE", "LayerMean", "Means"]
 
 
-class LayerMean:
-    """Holds one part of one update at a time, beside a float64 accumulator of that part."""
+class Means:
+    """A weighted mean of every row, over those who changed the row."""
 
+    def __init__(self, before: Mapping[str, Floats]) -> None:
+        self._before = before
+        self._totals = {key: np.zeros(rows.shape, np.float64) for key, rows in before.items()}
+        self._weights = {key: np.zeros((rows.shape[0], 1), np.float64) for key, rows in before.items()}
+
+    def add(self, changes: Mapping[str, Change], weight: float) -> None:
+        for key, change in changes.items():
+            self._totals[key][change.at] += np.multiply(change.rows, weight, dtype=np.float64)
+            self._weights[key][change.at] += weight
+
+    def result(self) -> Mapping[str, Doubles]:
+        return {key: self._mean(key, rows) for key, rows in self._before.items()}
+
+    def _mean(self, key: str, rows: Floats) -> Doubles:
+        merged = rows.astype(np.float64)
+        weights = self._weights[key]
+        moved = weights[:, 0] > 0
+        merged[moved] += self._totals[key][moved] / weights[moved]
+        return merged
+
+
+class LayerMean(MergeRule):
     name = "layer-mean"
 
-    def merge(self, current: Adapter, contributions: Sequence[Contribution]) -> Adapter:
-        opened = open_all(current, contributions)
-        return {key: _merge_part(key, rows, opened) for key, rows in current.items()}
+    def begin(self, before: Mapping[str, Floats]) -> Means:
+        return Means(before)
 
 
-def _merge_part(key: str, rows: Floats, opened: Sequence[Opened]) -> Floats:
-    total = np.zeros(rows.shape, np.float64)
-    weights = np.zeros((rows.shape[0], 1), np.float64)
-    for one in opened:
-        part = one.container.parts.get(key)
-        if part is None:
-            continue
-        one.container.add_to(total, key, one.weight)
-        weights[rows_of(part)] += one.weight
-    merged = rows.copy()
-    moved = weights[:, 0] > 0
-    merged[moved] = (rows[moved] + total[moved] / weights[moved]).astype(np.float32)
-    return merged
+RULE = LayerMean()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import difflib
 import importlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 
 from aggregator.merging.base import MergeRule
 from aggregator.planner.allocation import Allocation
+from aggregator.server_optimizers.base import ServerOptimizer
 from edge_sdk.config.run import RunConfig
 from edge_sdk.errors import ConfigError, EdgeError, MechanismError
 from edge_sdk.protocol.spec import Levers, TrainSpec
@@ -23,6 +25,7 @@ BUILT_IN = {
     "fedavg": "aggregator.methods.fedavg:METHOD",
     "fedquad": "aggregator.methods.fedquad:METHOD",
 }
+_UNQUANTIZED = ("fp32", "bf16", "fp16")
 _PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*\Z")
 
 
@@ -36,6 +39,7 @@ class Method:
         name: what ``run.method`` calls it; told in status and summaries.
         allocation: which device trains how deep, with how many quantized layers.
         merge: how updates become the next version.
+        server_optimizer: how far the adapter goes along the merged change; None: as far as it says.
         levers: how tuned layers save memory; devices probe with the same.
         codec: how updates travel.
         error_feedback: devices keep what the codec lost and add it to their next update.
@@ -47,6 +51,7 @@ class Method:
     name: str
     allocation: Allocation
     merge: MergeRule
+    server_optimizer: ServerOptimizer | None = None
     levers: Levers = field(default_factory=Levers)
     codec: str = "int8"
     error_feedback: bool = False
@@ -64,10 +69,37 @@ class Method:
     summary: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
+        for refused, why in self._refusals():
+            raise MechanismError(f"method {self.name!r} joins {refused}", why)
+
+    def _refusals(self) -> Iterator[tuple[str, str]]:
+        """What makes no sense together, and why."""
+        rule = self.merge
         if self.error_feedback and self.privacy != "none":
-            raise MechanismError(
-                f"method {self.name!r} joins error feedback with privacy {self.privacy!r}",
+            yield (
+                f"error feedback with privacy {self.privacy!r}",
                 "what the codec lost would carry a round's data past its noise: drop one of the two",
+            )
+        if (self.reinit, self.fold) != (rule.reinit, rule.fold):
+            yield (
+                f"reinit {self.reinit!r} and fold {self.fold!r} with the merge rule {rule.name}",
+                f"that rule needs reinit {rule.reinit!r} and fold {rule.fold!r} on the devices",
+            )
+        if self.error_feedback and not rule.keeps_slots:
+            yield (
+                f"error feedback with the merge rule {rule.name}",
+                "a residual belongs to slots, and that rule makes all slots anew: turn error feedback off",
+            )
+        if self.server_optimizer is not None and not rule.keeps_slots:
+            yield (
+                f"the server optimizer {self.server_optimizer.name} with the merge rule {rule.name}",
+                "its state belongs to slots, and that rule makes all slots anew: set it to none",
+            )
+        if rule.fold != "none" and self.base_precision not in (None, *_UNQUANTIZED):
+            yield (
+                f"the merge rule {rule.name}, which folds, with a base in {self.base_precision}",
+                "a fold is added to a base's weights, and a quantized base has none: use "
+                + " or ".join(_UNQUANTIZED),
             )
 
     def spec(self, config: RunConfig) -> TrainSpec:

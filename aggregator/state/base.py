@@ -78,6 +78,8 @@ class VersionRow:
     evaluation_error: str | None = None
     utilities: str | None = None
     """What each layer is worth after this version's merge, as JSON, from the input up; None: alike."""
+    optimizer: str | None = None
+    """Of the server optimizer: the objects of its state after this version, by name, as JSON."""
 
     @property
     def score(self) -> str:
@@ -192,6 +194,9 @@ class ParticipationRow:
     """Versions made between the one that it builds on and the one that it is merged into."""
     weight: float | None = None
     """What that multiplies its samples by."""
+
+    norms: str | None = None
+    """Of a received update: how large its change of each layer is, by layer, as JSON."""
 
     @property
     def late(self) -> bool:
@@ -310,7 +315,8 @@ class Store(Protocol):
     def ledger(self, run: str) -> Sequence[LedgerRow]: ...
 
     def objects(self) -> set[str]:
-        """Digests of what must be kept: all versions, and the updates that no closed round has merged."""
+        """Digests of what must be kept: all versions, the updates that no closed round has merged, and the
+        server optimizer's state after each run's newest version."""
         ...
 
     def close(self) -> None: ...

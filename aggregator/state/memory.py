@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
@@ -147,11 +148,20 @@ class MemoryStore:
 
     def objects(self) -> set[str]:
         closed = {key for key, row in self._rounds.items() if row.state == "closed"}
-        return {row.object for row in self._versions.values()} | {
-            row.object
-            for row in self._participations.values()
-            if row.object is not None and row.state == "received" and (row.run, row.counts_in) not in closed
-        }
+        newest = {run: self._versions[run, number] for run, number in sorted(self._versions)}
+        states = [json.loads(row.optimizer) for row in newest.values() if row.optimizer is not None]
+        kept = {digest for held in states for digest in held.values()}
+        return (
+            kept
+            | {row.object for row in self._versions.values()}
+            | {
+                row.object
+                for row in self._participations.values()
+                if row.object is not None
+                and row.state == "received"
+                and (row.run, row.counts_in) not in closed
+            }
+        )
 
     def close(self) -> None: ...
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -223,12 +224,22 @@ class SqlStore:
                 needed.where(updates.c.state == "received", not_merged),
                 select(tables.versions.c.object),
             )
-            return set(self._connected.execute(query).scalars())
+            kept = set(self._connected.execute(query).scalars())
+            return kept | self._optimizer_states()
 
     def close(self) -> None:
         self._engine.dispose()
 
     # How
+
+    def _optimizer_states(self) -> set[str]:
+        t = tables.versions
+        newest = select(t.c.run, func.max(t.c.number).label("number")).group_by(t.c.run).subquery()
+        query = select(t.c.optimizer).join(
+            newest, and_(t.c.run == newest.c.run, t.c.number == newest.c.number)
+        )
+        found = self._connected.execute(query.where(t.c.optimizer.is_not(None))).scalars()
+        return {digest for states in found for digest in json.loads(states).values()}
 
     @property
     def _connected(self) -> Connection:

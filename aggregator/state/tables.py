@@ -38,7 +38,7 @@ __all__ = [
     "versions",
 ]
 
-SCHEMA = 4
+SCHEMA = 5
 """Version of the tables. A change raises it and appends a function to ``STEPS``."""
 
 metadata = MetaData()
@@ -78,6 +78,7 @@ versions = Table(
     Column("tokens", Integer),
     Column("evaluation_error", Text),
     Column("utilities", Text),
+    Column("optimizer", Text),
     ForeignKeyConstraint(["run"], ["runs.run"]),
 )
 
@@ -138,6 +139,7 @@ participations = Table(
     Column("counts_in", Integer),
     Column("staleness", Integer),
     Column("weight", Float(53)),
+    Column("norms", Text),
     ForeignKeyConstraint(["run", "round"], ["rounds.run", "rounds.number"]),
 )
 participations_by_state = Index("participations_by_state", participations.c.run, participations.c.state)
@@ -205,10 +207,16 @@ def _updates_may_be_late(connection: Connection) -> None:
         index.create(connection)
 
 
+def _merges_keep_state(connection: Connection) -> None:
+    connection.execute(text("ALTER TABLE versions ADD COLUMN optimizer TEXT"))
+    connection.execute(text("ALTER TABLE participations ADD COLUMN norms TEXT"))
+
+
 STEPS: dict[int, Callable[[Connection], None]] = {
     1: _evaluations_tell_more,
     2: _the_planner_learns,
     3: _updates_may_be_late,
+    4: _merges_keep_state,
 }
 """From version n to n + 1: ``STEPS[n](connection)``."""
 

@@ -59,10 +59,12 @@ class Ending:
         self._rounds.end_run()
         final = state.version
         if final is not None:
-            if not state.ready and not self._context.store.has(final.object):
+            chain = [*state.chain, final]
+            held = all(self._context.store.has(ref.object) for ref in chain)
+            if not state.ready and not held:
                 return self._without(run.run, final.number, now)
             self._away_since = None
-            if not self._downloads.want([final], *self._transfer_terms()):
+            if not self._downloads.want(chain, *self._transfer_terms()):
                 return None
         self._told = True
         reached("final.held")

@@ -59,10 +59,17 @@ def adopt_update(
 
 
 def sweep_objects(context: Context) -> None:
-    """Keeps the two newest versions, and the objects that something refers to."""
+    """Keeps the two newest versions with what they build on, and the objects that something refers to."""
     record = context.record
     with record.transaction():
-        for number in sorted(record.versions())[:-2]:
+        held = record.versions()
+        kept: set[int] = set()
+        for number in sorted(held)[-2:]:
+            at: int | None = number
+            while at in held and at not in kept:
+                kept.add(at)
+                at = held[at].parent
+        for number in held.keys() - kept:
             record.remove_version(number)
     context.store.sweep(record.objects())
 

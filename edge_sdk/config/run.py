@@ -16,6 +16,7 @@ __all__ = [
     "TEMPLATES",
     "EvaluationSection",
     "LoraSection",
+    "MergeSection",
     "MetricsSection",
     "RoundsSection",
     "RunBaseSection",
@@ -109,6 +110,20 @@ class RoundsSection(Record, frozen=True, kw_only=True):
     """Versions that may have been made since; an older update is refused."""
 
 
+class MergeSection(Record, frozen=True, kw_only=True):
+    rule: Text | None = None
+    """How updates become the next version; None: what the method says. See ``aggregator.merging``."""
+    server_optimizer: Text | None = None
+    """``none``, or how far the adapter goes along the merged change; None: what the method says."""
+    server_learning_rate: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    """This and the next three, of the server optimizer; None: its own."""
+    momentum: Annotated[float, msgspec.Meta(ge=0, lt=1)] | None = None
+    second_moment: Annotated[float, msgspec.Meta(ge=0, lt=1)] | None = None
+    adaptivity: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    full_every: Annotated[int, msgspec.Meta(ge=1, le=256)] = 8
+    """Every so many versions a full one, at 16 bits; the others are 8-bit deltas to the one before."""
+
+
 class EvaluationSection(Record, frozen=True, kw_only=True):
     data: DataSection
     every: Positive = 1
@@ -148,6 +163,7 @@ class RunConfig(Record, frozen=True, kw_only=True):
     lora: LoraSection = LoraSection()
     training: TrainingSection = TrainingSection()
     rounds: RoundsSection = RoundsSection()
+    merge: MergeSection = MergeSection()
     evaluation: EvaluationSection | None = None
     transfer: TransferSection = TransferSection()
     trainer: TrainerSection = TrainerSection()

@@ -186,6 +186,18 @@ path = <BASE>
 #                          # leaves it to the device, which adds it to its next update
 # max_staleness = 10       # versions that may have been made since; what is older is refused
 
+[merge]
+# rule = "layer-mean"      # how updates become the next version; rank-one, product-svd (exact products, slow
+#                          # for wide models), stacking (needs devices that fold); see docs/merging.md
+# server_optimizer = "none"  # fedavgm, fedadam: go along the merged change with momentum; they keep one and
+#                          # two values a parameter on the server
+# server_learning_rate = 1.0  # of the server optimizer, as the next three; by default its own
+# momentum = 0.9
+# second_moment = 0.99     # of fedadam
+# adaptivity = 1e-3        # of fedadam
+# full_every = 8           # every so many versions a full one, at 16 bits; the others travel as 8-bit deltas.
+#                          # More: less traffic, but a device that was away fetches a longer chain
+
 [evaluation]               # take this section out to run without
 # every = 1                # rounds between evaluations, which the server computes itself
 

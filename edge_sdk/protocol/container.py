@@ -26,7 +26,7 @@ __all__ = [
 CONTAINER_FORMAT = 1
 METADATA_KEY = "edge"
 Bits = Literal[2, 4, 8, 16, 32]
-ContainerKind = Literal["update", "version", "residual", "error-adapter", "base-plan"]
+ContainerKind = Literal["update", "version", "residual", "error-adapter", "base-plan", "server-state"]
 
 
 class CodecForm(NamedTuple):
@@ -69,7 +69,10 @@ class Part(Record, frozen=True, kw_only=True):
     @property
     def key(self) -> str:
         """Name of the payload tensor in the file; its scales are under ``key + '.scale'``."""
-        return f"dense.{self.module}" if self.layer is None else f"{self.layer}.{self.module}.{self.factor}"
+        if self.layer is None:
+            return f"dense.{self.module}"
+        name = f"{self.layer}.{self.module}.{self.factor}"
+        return f"fold.{name}" if self.role == "fold" else name
 
 
 class ContainerHeader(Record, frozen=True, kw_only=True):

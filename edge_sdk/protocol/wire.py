@@ -100,6 +100,8 @@ class AggregatorState(Record, frozen=True, kw_only=True, tag="aggregator"):
     round: NotNegative = 0
     rounds: NotNegative = 0
     version: VersionRef | None = None
+    chain: Annotated[tuple[VersionRef, ...], msgspec.Meta(max_length=256)] = ()
+    """What ``version`` builds on, a full one first; empty where it is a full one itself."""
     finished: bool = False
     reason: Text = ""
     """Why it is not ready though it is there: ``storage``, its disk is full; "": it is away, or starting."""

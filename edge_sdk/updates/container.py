@@ -7,8 +7,9 @@ allocates, and decodes one part at a time.
 from __future__ import annotations
 
 import os
-import tempfile
+from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
@@ -16,16 +17,25 @@ from typing import Any, BinaryIO
 
 import msgspec
 import numpy as np
-from safetensors.numpy import save as serialize
 
 from edge_sdk.errors import ContainerError
 from edge_sdk.protocol.container import METADATA_KEY, Bits, ContainerHeader, ContainerKind, Part
 from edge_sdk.updates.codecs import CODECS, Codec, Encoded, Floats, codec_named, usable_scales
-from edge_sdk.updates.layout import AGAIN, Layout, Stored, read_layout
+from edge_sdk.updates.layout import AGAIN, Layout, Stored, parse_layout, read_index
+from edge_sdk.updates.writer import SCALE, ContainerWriter
 
-__all__ = ["Container", "fits", "header_for", "part_for", "read_container", "rows_of", "write_container"]
+__all__ = [
+    "Container",
+    "Forms",
+    "fits",
+    "header_for",
+    "header_of",
+    "part_for",
+    "read_container",
+    "rows_of",
+    "write_container",
+]
 
-_SCALE = ".scale"
 _DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "I8": np.dtype("i1")}
 _decoder = msgspec.json.Decoder(ContainerHeader)
 
@@ -35,55 +45,30 @@ def write_container(path: Path, header: ContainerHeader, adapter: Mapping[str, F
 
     Raises ContainerError for a part that is missing, ill-shaped or not finite.
     """
-    codec = codec_named(header.codec)
-    tensors: dict[str, np.ndarray[Any, Any]] = {}
-    decoded: dict[str, Floats] = {}
-    for part in header.parts:
-        rows = adapter.get(part.key)
-        if rows is None or rows.shape != (part.rows, part.width):
-            raise ContainerError(
-                f"part {part.key!r} must be {part.rows} x {part.width}, "
-                f"received {'nothing' if rows is None else 'x'.join(map(str, rows.shape))}"
-            )
-        rows = np.ascontiguousarray(rows, dtype=np.float32)
-        if not np.isfinite(rows).all():
-            raise ContainerError(
-                f"part {part.key!r} holds values that are not finite",
-                "training has diverged: lower the learning rates",
-            )
-        encoded = codec.encode(rows)
-        with np.errstate(over="ignore"):
-            decoded[part.key] = codec.decode(encoded)
-        if not np.isfinite(decoded[part.key]).all():
-            raise ContainerError(
-                f"part {part.key!r} holds values too large for the codec {codec.name}",
-                "training has diverged: lower the learning rates",
-            )
-        tensors[part.key] = np.ascontiguousarray(encoded.values)
-        if encoded.scales is not None:
-            tensors[part.key + _SCALE] = encoded.scales
-    metadata = msgspec.json.encode(header, order="deterministic").decode()
-    _replace(path, serialize(tensors, metadata={METADATA_KEY: metadata}))
-    return decoded
+    with ContainerWriter(path, header) as writer:
+        return {part.key: writer.write(part.key, adapter.get(part.key)) for part in header.parts}
 
 
-def part_for(key: str, rows: Floats, bits: Bits) -> Part:
-    """The part that a key and its rows stand for. Raises ContainerError for a key of no known form."""
-    name, _, factor = key.rpartition(".")
+def part_for(key: str, shape: tuple[int, ...], bits: Bits) -> Part:
+    """The part that a key and its shape stand for. Raises ContainerError for a key of no known form."""
+    folded = key.startswith("fold.")
+    name, _, factor = key.removeprefix("fold.").rpartition(".")
     layer, _, module = name.partition(".")
-    if rows.ndim != 2 or not rows.size:
-        raise ContainerError(f"part {key!r} must be rows x width, received shape {rows.shape}")
+    if len(shape) != 2 or 0 in shape:
+        raise ContainerError(f"part {key!r} must be rows x width, received shape {shape}")
     if key.startswith("dense."):
         return Part(
             layer=None, module=key.removeprefix("dense."), factor="dense", role="dense",
-            rows=rows.shape[0], width=rows.shape[1], bits=bits,
+            rows=shape[0], width=shape[1], bits=bits,
         )  # fmt: skip
     if layer.isdecimal() and module and factor in ("A", "B"):
         return Part(
             layer=int(layer), module=module, factor="A" if factor == "A" else "B",
-            rows=rows.shape[0], width=rows.shape[1], bits=bits,
+            role="fold" if folded else "slot", rows=shape[0], width=shape[1], bits=bits,
         )  # fmt: skip
-    raise ContainerError(f"{key!r} is no key of a part", "LAYER.MODULE.A, LAYER.MODULE.B or dense.NAME")
+    raise ContainerError(
+        f"{key!r} is no key of a part", "LAYER.MODULE.A, LAYER.MODULE.B, fold. before one, or dense.NAME"
+    )
 
 
 def header_for(
@@ -98,6 +83,24 @@ def header_for(
     builds_on: int | None = None,
 ) -> ContainerHeader:
     """A header over all of ``adapter``, its parts in the order of their keys."""
+    return header_of(
+        kind, {key: rows.shape for key, rows in adapter.items()}, codec,
+        run=run, round=round, fingerprint=fingerprint, version=version, builds_on=builds_on,
+    )  # fmt: skip
+
+
+def header_of(
+    kind: ContainerKind,
+    shapes: Mapping[str, tuple[int, ...]],
+    codec: str,
+    *,
+    run: str,
+    round: int,
+    fingerprint: str,
+    version: int | None = None,
+    builds_on: int | None = None,
+) -> ContainerHeader:
+    """A header over parts of these shapes, in the order of their keys, before any of them is there."""
     bits = codec_named(codec).form.bits
     return ContainerHeader(
         kind=kind,
@@ -107,7 +110,7 @@ def header_for(
         builds_on=builds_on,
         fingerprint=fingerprint,
         codec=codec,
-        parts=tuple(part_for(key, adapter[key], bits) for key in sorted(adapter)),
+        parts=tuple(part_for(key, shapes[key], bits) for key in sorted(shapes)),
     )
 
 
@@ -130,12 +133,12 @@ class Container:
     of containers needs one open file.
     """
 
-    def __init__(self, path: Path, layout: Layout, header: ContainerHeader, codec: Codec) -> None:
+    def __init__(self, path: Path, form: _Form) -> None:
         self.path = path
-        self.header = header
-        self._layout = layout
-        self._codec = codec
-        self._parts = {part.key: part for part in header.parts}
+        self.header = form.header
+        self._layout = form.layout
+        self._codec = form.codec
+        self._parts = form.parts
         self._file: BinaryIO | None = None
 
     def __enter__(self) -> Container:
@@ -200,23 +203,57 @@ class Container:
     def _read(self, file: BinaryIO, key: str) -> Encoded:
         values = _array(file, self.path, self._layout.tensors[key])
         scales = (
-            _array(file, self.path, self._layout.tensors[key + _SCALE])
+            _array(file, self.path, self._layout.tensors[key + SCALE])
             if self._codec.form.row_scales
             else None
         )
         return Encoded(values, scales)
 
 
-def read_container(path: Path, kind: ContainerKind | None = None) -> Container:
+@dataclass(frozen=True)
+class _Form:
+    layout: Layout
+    header: ContainerHeader
+    codec: Codec
+    parts: Mapping[str, Part]
+
+
+class Forms:
+    """The forms last met, by the index that they were read from.
+
+    A fleet's updates share a few: what is the same to the byte is checked once, and lies in memory once.
+    """
+
+    def __init__(self, most: int = 32) -> None:
+        self._most = most
+        self._forms: OrderedDict[tuple[bytes, int], _Form] = OrderedDict()
+
+    def read(self, path: Path) -> _Form:
+        """Raises ContainerError."""
+        place = read_index(path)
+        form = self._forms.pop(place, None) or _read_form(path, *place)
+        self._forms[place] = form
+        if len(self._forms) > self._most:
+            self._forms.popitem(last=False)
+        return form
+
+
+def read_container(path: Path, kind: ContainerKind | None = None, forms: Forms | None = None) -> Container:
     """Checks a container's form; its tensors are not read yet.
 
-    Raises ContainerError for a file that is truncated, altered in its structure, of another format or
-    codec, whose tensors are not those that its header tells, or that is no ``kind``.
+    ``forms``: those that need no second check. Raises ContainerError for a file that is truncated, altered in
+    its structure, of another format or codec, whose tensors are not those that its header tells, or that is
+    no ``kind``.
     """
-    layout = read_layout(path)
+    form = _read_form(path, *read_index(path)) if forms is None else forms.read(path)
+    if kind is not None and form.header.kind != kind:
+        raise ContainerError(f"{path.name} holds a {form.header.kind}, not a {kind}")
+    return Container(path, form)
+
+
+def _read_form(path: Path, index: bytes, size: int) -> _Form:
+    layout = parse_layout(path, index, size)
     header = _header(path, layout)
-    if kind is not None and header.kind != kind:
-        raise ContainerError(f"{path.name} holds a {header.kind}, not a {kind}")
     codec = CODECS.get(header.codec)
     if codec is None:
         raise ContainerError(
@@ -224,7 +261,7 @@ def read_container(path: Path, kind: ContainerKind | None = None) -> Container:
             f"this party has {', '.join(CODECS)}",
         )
     _check_tensors(path, layout, header, codec)
-    return Container(path, layout, header, codec)
+    return _Form(layout, header, codec, {part.key: part for part in header.parts})
 
 
 def _header(path: Path, layout: Layout) -> ContainerHeader:
@@ -250,7 +287,7 @@ def _check_tensors(path: Path, layout: Layout, header: ContainerHeader, codec: C
         _check_part(path, part, codec)
         expected[part.key] = (codec.form.dtype, (part.rows, part.width))
         if codec.form.row_scales:
-            expected[part.key + _SCALE] = ("F32", (part.rows,))
+            expected[part.key + SCALE] = ("F32", (part.rows,))
     if layout.tensors.keys() != expected.keys():
         odd = min(layout.tensors.keys() ^ expected.keys())
         raise ContainerError(f"{path.name}: its header and its tensors differ in {odd!r}", AGAIN)
@@ -280,28 +317,11 @@ def _check_part(path: Path, part: Part, codec: Codec) -> None:
 
 
 def _array(file: BinaryIO, path: Path, tensor: Stored) -> np.ndarray[Any, Any]:
-    dtype = _DTYPES[tensor.dtype]
+    size = tensor.end - tensor.begin
     try:
-        file.seek(tensor.begin)
-        array: np.ndarray[Any, Any] = np.fromfile(
-            file, dtype, count=(tensor.end - tensor.begin) // dtype.itemsize
-        )
+        data = os.pread(file.fileno(), size, tensor.begin)
     except OSError as error:
         raise ContainerError(f"{path} cannot be read: {error.strerror or error}") from error
-    if array.nbytes != tensor.end - tensor.begin:
+    if len(data) != size:
         raise ContainerError(f"{path.name} became shorter while it was read", AGAIN)
-    return array.reshape(tensor.shape)
-
-
-def _replace(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    return np.frombuffer(data, _DTYPES[tensor.dtype]).reshape(tensor.shape)

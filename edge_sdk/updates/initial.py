@@ -8,9 +8,10 @@ from math import sqrt
 import numpy as np
 
 from edge_sdk.protocol.model import LoraShape, ModelShape
+from edge_sdk.updates.codecs import Floats
 from edge_sdk.updates.keys import Adapter, part_sizes
 
-__all__ = ["initial_adapter"]
+__all__ = ["initial_adapter", "initial_slots"]
 
 
 def initial_adapter(shape: ModelShape, lora: LoraShape, seed: int) -> Adapter:
@@ -22,18 +23,26 @@ def initial_adapter(shape: ModelShape, lora: LoraShape, seed: int) -> Adapter:
     adapter: Adapter = {}
     vectors = {f"dense.{part.name}" for part in shape.dense if len(part.shape) == 1}
     for key, size in part_sizes(shape, lora).items():
-        if key.endswith(".A") and not key.startswith("dense."):
-            bound = 1.0 / sqrt(size[1])
-            values = _generator(seed, key).uniform(-bound, bound, size)
-        elif key.startswith("dense.") and key not in vectors:
+        if not key.startswith("dense."):
+            adapter[key] = initial_slots(key, size, seed)
+            continue
+        if key not in vectors:
             values = _generator(seed, key).normal(0.0, 0.02, size)
         else:
-            scale = key.startswith("dense.") and not key.endswith("bias")
-            values = np.ones(size) if scale else np.zeros(size)
+            values = np.zeros(size) if key.endswith("bias") else np.ones(size)
         adapter[key] = values.astype(np.float32)
     return adapter
 
 
-def _generator(seed: int, key: str) -> np.random.Generator:
-    digest = hashlib.sha256(f"{seed}\ninitial\n{key}".encode()).digest()
+def initial_slots(key: str, size: tuple[int, int], seed: int, version: int = 0) -> Floats:
+    """The slots of one factor that begin with ``version``: those of the first one, or drawn anew."""
+    if key.endswith(".B"):
+        return np.zeros(size, np.float32)
+    bound = 1.0 / sqrt(size[1])
+    name = key if version == 0 else f"{key}\n{version}"
+    return _generator(seed, name).uniform(-bound, bound, size).astype(np.float32)
+
+
+def _generator(seed: int, name: str) -> np.random.Generator:
+    digest = hashlib.sha256(f"{seed}\ninitial\n{name}".encode()).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))

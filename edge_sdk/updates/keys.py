@@ -16,6 +16,7 @@ __all__ = [
     "check_shape",
     "dense_keys",
     "dense_size",
+    "layer_of",
     "lora_keys",
     "part_sizes",
     "tuned_keys",
@@ -42,6 +43,12 @@ def tuned_keys(shape: ModelShape, depth: int, factors: str = "AB") -> tuple[str,
 
 def all_keys(shape: ModelShape) -> tuple[str, ...]:
     return tuned_keys(shape, shape.layers)
+
+
+def layer_of(key: str) -> int | None:
+    """The layer that a part's slots, or what is folded there, belong to; None: a dense part."""
+    name = key.removeprefix("fold.").partition(".")[0]
+    return int(name) if name.isdecimal() else None
 
 
 def part_sizes(shape: ModelShape, lora: LoraShape) -> dict[str, tuple[int, int]]:

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from edge_sdk.errors import ContainerError
 
-__all__ = ["AGAIN", "MAX_INDEX_BYTES", "Layout", "Stored", "read_layout"]
+__all__ = ["AGAIN", "MAX_INDEX_BYTES", "Layout", "Stored", "parse_layout", "read_index"]
 
 MAX_INDEX_BYTES = 16 << 20
 AGAIN = "it was truncated or altered; it has to be sent again"
@@ -44,8 +44,11 @@ class Layout:
     tensors: dict[str, Stored]
 
 
-def read_layout(path: Path) -> Layout:
-    """Raises ContainerError for a file that cannot be read or is not, to the byte, of this form."""
+def read_index(path: Path) -> tuple[bytes, int]:
+    """The index as it stands in the file, and the file's size: what its form follows from.
+
+    Raises ContainerError for a file that cannot be read, or ends before its index does.
+    """
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise ContainerError(f"{path.name} is no container: it is no regular file")
@@ -62,10 +65,12 @@ def read_layout(path: Path) -> Layout:
         raise ContainerError(f"{path} cannot be read: {error.strerror}") from error
     if len(text) != length:
         _refuse(path, f"it ends {length - len(text)} bytes before its header does")
-    return _parse(path, text, _LENGTH_BYTES + length, size)
+    return text, size
 
 
-def _parse(path: Path, text: bytes, start: int, size: int) -> Layout:
+def parse_layout(path: Path, text: bytes, size: int) -> Layout:
+    """Raises ContainerError for a file that is not, to the byte, of this form."""
+    start = _LENGTH_BYTES + len(text)
     try:
         index = json.loads(text.decode("utf-8"), object_pairs_hook=_no_name_twice)
     except (ValueError, RecursionError) as error:

@@ -2,14 +2,149 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from edge_sdk.errors import ContainerError
-from edge_sdk.updates.container import header_for, read_container, write_container
+from edge_sdk.protocol.container import CODEC_FORMS
+from edge_sdk.updates.codecs import Floats
+from edge_sdk.updates.container import (
+    Container,
+    Forms,
+    header_for,
+    header_of,
+    read_container,
+    write_container,
+)
 from edge_sdk.updates.keys import Adapter
+from edge_sdk.updates.writer import ContainerWriter
 
-__all__ = ["read_adapter", "write_version"]
+__all__ = [
+    "DELTA_CODEC",
+    "FULL_CODEC",
+    "VersionChain",
+    "VersionWriter",
+    "delta_is_smaller",
+    "read_adapter",
+    "write_version",
+]
+
+FULL_CODEC = "fp16"
+DELTA_CODEC = "int8"
+
+
+class VersionChain:
+    """What a chain of files leads to: a full version first, then deltas in order. Read one part at a time.
+
+    Raises ContainerError for a chain that is empty, broken, mixed of runs, begins with a delta, or, where one
+    is given, has another ``fingerprint``.
+    """
+
+    def __init__(
+        self, paths: Sequence[Path], fingerprint: str | None = None, forms: Forms | None = None
+    ) -> None:
+        if not paths:
+            raise ContainerError("a chain of no versions leads to no adapter")
+        self._containers: list[Container] = []
+        self._sizes: dict[str, tuple[int, int]] = {}
+        self._held: int | None = None
+        self._origin: tuple[str, str] | None = None
+        for path in paths:
+            self._append(read_container(path, "version", forms), fingerprint)
+
+    @property
+    def number(self) -> int:
+        """The version that the chain leads to."""
+        assert self._held is not None  # noqa: S101 - a version without a number was refused
+        return self._held
+
+    @property
+    def sizes(self) -> Mapping[str, tuple[int, int]]:
+        """Rows and width of every part."""
+        return self._sizes
+
+    def tensor(self, key: str) -> Floats:
+        """One part, float32, owned by the caller. Raises ContainerError."""
+        first, *deltas = self._containers
+        rows = first.tensor(key)
+        for delta in deltas:
+            if key in delta.parts:
+                delta.add_to(rows, key)
+        return rows
+
+    def _append(self, container: Container, fingerprint: str | None) -> None:
+        header, name = container.header, container.path.name
+        if header.builds_on != self._held:
+            raise ContainerError(
+                f"{name} builds on version {header.builds_on}, the chain has reached {self._held}",
+                "fetch the versions between them",
+            )
+        origin = self._origin = self._origin or (header.run, fingerprint or header.fingerprint)
+        if (header.run, header.fingerprint) != origin:
+            raise ContainerError(
+                f"{name} is of run {header.run!r} with fingerprint {header.fingerprint[:12]}, "
+                f"what it belongs to of {origin[0]!r} with {origin[1][:12]}",
+                "a version serves only the run that made it",
+            )
+        if header.version is None:
+            raise ContainerError(f"{name} is a version without a number")
+        for key, part in container.parts.items():
+            size = part.rows, part.width
+            if part.slots is not None or (self._containers and self._sizes.get(key) != size):
+                raise ContainerError(f"part {key!r} of {name} is not whole, or not in its parent")
+            self._sizes[key] = size
+        self._containers.append(container)
+        self._held = header.version
+
+
+class VersionWriter:
+    """Writes a version part by part; what it hands back is what every reader decodes.
+
+    Args:
+        sizes: of the parts that the file holds: all, or, of a delta, those that changed.
+        parent: number of the version that a delta builds on; None: a full version.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        sizes: Mapping[str, tuple[int, int]],
+        *,
+        run: str,
+        round: int,
+        number: int,
+        fingerprint: str,
+        parent: int | None = None,
+    ) -> None:
+        self._delta = parent is not None
+        header = header_of(
+            "version", sizes, DELTA_CODEC if self._delta else FULL_CODEC,
+            run=run, round=round, fingerprint=fingerprint, version=number, builds_on=parent,
+        )  # fmt: skip
+        self._writer = ContainerWriter(path, header)
+
+    def __enter__(self) -> VersionWriter:
+        self._writer.__enter__()
+        return self
+
+    def __exit__(self, *what: object) -> None:
+        self._writer.__exit__(*what)  # type: ignore[arg-type]
+
+    def write(self, key: str, before: Floats | None, after: Floats) -> Floats:
+        """``before``: the part as the parent has it; None where there is no such part."""
+        if not self._delta:
+            return self._writer.write(key, after)
+        if before is None:
+            raise ContainerError(f"a delta cannot bring the part {key!r}, which its parent has not")
+        rows: Floats = before + self._writer.write(key, after - before)
+        return rows
+
+
+def delta_is_smaller(whole: Mapping[str, tuple[int, int]], changed: Mapping[str, tuple[int, int]]) -> bool:
+    """Whether a delta of ``changed`` takes less room than a full version of ``whole``."""
+    full, delta = CODEC_FORMS[FULL_CODEC], CODEC_FORMS[DELTA_CODEC]
+    bytes_full = sum(full.payload_bytes(*size) for size in whole.values())
+    return sum(delta.payload_bytes(*size) for size in changed.values()) < bytes_full
 
 
 def write_version(
@@ -21,9 +156,9 @@ def write_version(
     fingerprint: str,
     adapter: Adapter,
     parent: tuple[int, Adapter] | None = None,
-    codec: str = "fp16",
+    codec: str = FULL_CODEC,
 ) -> Adapter:
-    """Writes a version and returns it as every reader decodes it: the server goes on from that.
+    """Writes a version that lies in memory and returns it as every reader decodes it.
 
     ``parent``: number and decoded adapter that a delta version builds on; None: a full version.
     """
@@ -39,39 +174,6 @@ def write_version(
 
 
 def read_adapter(paths: Sequence[Path], fingerprint: str | None = None) -> Adapter:
-    """The adapter that a chain leads to: a full version first, then deltas in order.
-
-    Raises ContainerError for a chain that is empty, broken, mixed of runs, begins with a delta, or, where
-    one is given, has another ``fingerprint``.
-    """
-    if not paths:
-        raise ContainerError("a chain of no versions leads to no adapter")
-    adapter: Adapter = {}
-    held: int | None = None
-    origin: tuple[str, str] | None = None
-    for path in paths:
-        with read_container(path, "version") as container:
-            header = container.header
-            if header.builds_on != held:
-                raise ContainerError(
-                    f"{path.name} builds on version {header.builds_on}, the chain has reached {held}",
-                    "fetch the versions between them",
-                )
-            origin = origin or (header.run, fingerprint or header.fingerprint)
-            if (header.run, header.fingerprint) != origin:
-                raise ContainerError(
-                    f"{path.name} is of run {header.run!r} with fingerprint {header.fingerprint[:12]}, "
-                    f"what it belongs to of {origin[0]!r} with {origin[1][:12]}",
-                    "a version serves only the run that made it",
-                )
-            if header.version is None:
-                raise ContainerError(f"{path.name} is a version without a number")
-            for key, part in container.parts.items():
-                if held is not None and key in adapter:
-                    container.add_to(adapter[key], key)
-                elif held is None and part.slots is None:
-                    adapter[key] = container.tensor(key)
-                else:
-                    raise ContainerError(f"part {key!r} of {path.name} is not whole, or not in its parent")
-            held = header.version
-    return adapter
+    """The adapter that a chain of files leads to. Raises ContainerError, as ``VersionChain`` does."""
+    chain = VersionChain(paths, fingerprint)
+    return {key: chain.tensor(key) for key in chain.sizes}

@@ -40,9 +40,8 @@ def store_of(world: World) -> Store:
 
 def values(world: World, number: int) -> Any:
     assert world.server is not None
-    version = store_of(world).version("demo", number)
-    assert version is not None
-    return read_adapter([world.server._objects.path(version.object)])
+    chain = rounds_of(world).chain(number)
+    return read_adapter([world.server._objects.path(version.object) for version in chain])
 
 
 def test_a_run_of_two_rounds(world: World) -> None:

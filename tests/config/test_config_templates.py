@@ -24,6 +24,7 @@ NO_DEFAULT |= {"min_battery_percent", "battery_training_s", "max_temperature_c",
 NO_DEFAULT |= {"traffic_mb_per_day"}
 NO_DEFAULT |= {"deadline_s", "template", "base_plan", "factors", "layers", "listen"}
 NO_DEFAULT |= {"schedule", "selection", "devices_per_round"}
+NO_DEFAULT |= {"rule", "server_optimizer", "server_learning_rate", "momentum", "second_moment", "adaptivity"}
 
 
 def uncommented(text):

@@ -13,6 +13,7 @@ from updates_fakes import FINGERPRINT, LORA, SHAPE, moved
 
 from aggregator.merging.base import Contribution
 from aggregator.merging.layer_mean import LayerMean
+from aggregator.merging.streaming import merge_adapter
 from edge_sdk.errors import ContainerError
 from edge_sdk.updates.container import header_for, read_container, write_container
 from edge_sdk.updates.delta import write_update
@@ -52,7 +53,7 @@ def test_ragged_depths_are_averaged_over_those_who_trained_the_layer(tmp_path, s
         contribute(tmp_path, start, "c", 2, 50, weight=2.0),
     ]
     before = {key: rows.copy() for key, rows in start.items()}
-    merged = LayerMean().merge(start, made)
+    merged = merge_adapter(LayerMean(), start, made)
     sent = {one.device: deltas(one) for one in made}
     for key, rows in merged.items():
         np.testing.assert_array_equal(start[key], before[key])
@@ -68,7 +69,7 @@ def test_ragged_depths_are_averaged_over_those_who_trained_the_layer(tmp_path, s
 
 def test_equal_depths_are_fedavg(tmp_path, start):
     made = [contribute(tmp_path, start, name, 3, n, codec="fp32") for name, n in (("a", 10), ("b", 30))]
-    merged = LayerMean().merge(start, made)
+    merged = merge_adapter(LayerMean(), start, made)
     ends = [moved(start, all_keys(SHAPE), hash_of(name)) for name in ("a", "b")]
     for key, rows in merged.items():
         np.testing.assert_allclose(rows, 0.25 * ends[0][key] + 0.75 * ends[1][key], atol=1e-6)
@@ -76,17 +77,17 @@ def test_equal_depths_are_fedavg(tmp_path, start):
 
 def test_the_order_of_arrival_changes_no_bit(tmp_path, start):
     made = [contribute(tmp_path, start, f"d{i}", 1 + i % 3, 7 + i) for i in range(7)]
-    first = LayerMean().merge(start, made)
+    first = merge_adapter(LayerMean(), start, made)
     for seed in range(5):
         shuffled = made[:]
         random.Random(seed).shuffle(shuffled)
-        again = LayerMean().merge(start, shuffled)
+        again = merge_adapter(LayerMean(), start, shuffled)
         for key, rows in first.items():
             assert rows.tobytes() == again[key].tobytes()
 
 
 def test_nobody_came_and_nothing_changes(start):
-    merged = LayerMean().merge(start, [])
+    merged = merge_adapter(LayerMean(), start, [])
     for key, rows in merged.items():
         np.testing.assert_array_equal(rows, start[key])
 
@@ -100,7 +101,7 @@ def test_slots_are_averaged_over_those_who_trained_the_slot(tmp_path, start):
         part = msgspec.structs.replace(header.parts[0], slots=slots)
         write_container(tmp_path / device, msgspec.structs.replace(header, parts=(part,)), rows)
         made.append(Contribution(tmp_path / device, device, samples=10))
-    change = LayerMean().merge(start, made)[key] - start[key]
+    change = merge_adapter(LayerMean(), start, made)[key] - start[key]
     np.testing.assert_allclose(change.mean(axis=1), [1.0, 0.0, 2.0, 3.0], atol=1e-6)
 
 
@@ -109,7 +110,7 @@ def test_a_part_that_the_adapter_has_not_is_refused(tmp_path, start):
     header = header_for("update", rows, "fp32", run="r", round=1, fingerprint=FINGERPRINT, builds_on=0)
     write_container(tmp_path / "x", header, rows)
     with pytest.raises(ContainerError, match="x has a part"):
-        LayerMean().merge(start, [Contribution(tmp_path / "x", "x", 1)])
+        merge_adapter(LayerMean(), start, [Contribution(tmp_path / "x", "x", 1)])
 
 
 def one_part(
@@ -155,7 +156,7 @@ def test_any_fleet_in_any_order_is_the_weighted_mean_of_each_row(tmp_path_factor
                 weight=weight,
             )
         )
-    merged = LayerMean().merge(current, made)[key]
+    merged = merge_adapter(LayerMean(), current, made)[key]
     for slot in range(rank):
         if weights[slot] == 0:
             assert merged[slot].tobytes() == current[key][slot].tobytes()
@@ -163,13 +164,13 @@ def test_any_fleet_in_any_order_is_the_weighted_mean_of_each_row(tmp_path_factor
             want = current[key][slot] + table[slot] / weights[slot]
             np.testing.assert_allclose(merged[slot], want, rtol=0, atol=3e-7)
     shuffled = data.draw(st.permutations(made))
-    assert LayerMean().merge(current, shuffled)[key].tobytes() == merged.tobytes()
+    assert merge_adapter(LayerMean(), current, shuffled)[key].tobytes() == merged.tobytes()
 
 
 def test_a_row_that_nobody_trained_keeps_its_bits(tmp_path):
     current = {"0.m.A": np.full((2, 3), -0.0, np.float32)}
     made = [one_part(tmp_path / "a", "0.m.A", [[1, 1, 1]], slots=(1,))]
-    merged = LayerMean().merge(current, made)["0.m.A"]
+    merged = merge_adapter(LayerMean(), current, made)["0.m.A"]
     assert merged[0].tobytes() == current["0.m.A"][0].tobytes()
 
 
@@ -177,16 +178,16 @@ def test_a_late_update_counts_beside_the_devices_newer_one_in_any_order(tmp_path
     current = {"0.m.A": np.zeros((1, 3), np.float32)}
     late = one_part(tmp_path / "late", "0.m.A", [[1, 1, 1]], round=1, weight=0.5)
     new = one_part(tmp_path / "new", "0.m.A", [[4, 4, 4]], round=2)
-    one = LayerMean().merge(current, [late, new])["0.m.A"]
+    one = merge_adapter(LayerMean(), current, [late, new])["0.m.A"]
     np.testing.assert_allclose(one, 3.0)
-    assert one.tobytes() == LayerMean().merge(current, [new, late])["0.m.A"].tobytes()
+    assert one.tobytes() == merge_adapter(LayerMean(), current, [new, late])["0.m.A"].tobytes()
 
 
 def test_no_update_counts_twice(tmp_path):
     current = {"0.m.A": np.zeros((1, 3), np.float32)}
     made = one_part(tmp_path / "a", "0.m.A", [[1, 1, 1]])
     with pytest.raises(ContainerError, match="two updates of a for round 1"):
-        LayerMean().merge(current, [made, made])
+        merge_adapter(LayerMean(), current, [made, made])
 
 
 def test_updates_of_other_fingerprints_are_not_mixed(tmp_path):
@@ -196,7 +197,7 @@ def test_updates_of_other_fingerprints_are_not_mixed(tmp_path):
         one_part(tmp_path / "b", "0.m.A", [[1, 1, 1]], device="b", fingerprint="cd" * 32),
     ]
     with pytest.raises(ContainerError, match="2 different fingerprints"):
-        LayerMean().merge(current, made)
+        merge_adapter(LayerMean(), current, made)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +207,7 @@ def test_updates_of_other_fingerprints_are_not_mixed(tmp_path):
 def test_parts_of_another_size_are_refused_and_never_broadcast(tmp_path, values, slots):
     current = {"0.m.A": np.zeros((2, 3), np.float32)}
     with pytest.raises(ContainerError, match=r"a part '0\.m\.A'"):
-        LayerMean().merge(current, [one_part(tmp_path / "a", "0.m.A", values, slots=slots)])
+        merge_adapter(LayerMean(), current, [one_part(tmp_path / "a", "0.m.A", values, slots=slots)])
 
 
 @pytest.mark.parametrize(
@@ -222,7 +223,7 @@ def test_a_damaged_update_is_told_and_nothing_is_merged(tmp_path, start):
     data = made[1].path.read_bytes()
     made[1].path.write_bytes(data[:-1])
     with pytest.raises(ContainerError, match="b is no container"):
-        LayerMean().merge(start, made)
+        merge_adapter(LayerMean(), start, made)
 
 
 def test_the_mean_of_factors_is_what_it_says_and_not_the_mean_of_products(tmp_path):
@@ -235,7 +236,7 @@ def test_the_mean_of_factors_is_what_it_says_and_not_the_mean_of_products(tmp_pa
         header = header_for("update", rows, "fp32", run="r", round=1, fingerprint=FINGERPRINT, builds_on=0)
         write_container(tmp_path / device, header, rows)
         made.append(Contribution(tmp_path / device, device, 10))
-    merged = LayerMean().merge(current, made)
+    merged = merge_adapter(LayerMean(), current, made)
     product = merged["0.m.B"].T @ merged["0.m.A"]
     mean_product = sum(np.asarray(b).T @ np.asarray(a) for a, b in ends.values()) / 2
     np.testing.assert_allclose(product, np.full((2, 2), 0.25))

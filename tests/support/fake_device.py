@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ from edge_sdk.protocol.wire import (
     Refusal,
     Run,
     Status,
+    VersionRef,
     decode,
     encode,
 )
@@ -289,7 +290,7 @@ class FakeDevice:
                 if record.ready and self.run is not None and new:
                     self._greet()
                 if record.finished and record.version is not None:
-                    self._fetch(record.version.object, record.version.bytes)
+                    self._fetch_next([*record.chain, record.version])
             case Offer():
                 self._on_offer(record)
             case Have() if self.sender is not None and self.announce is not None:
@@ -332,15 +333,18 @@ class FakeDevice:
         )
         if self.until == "choice":
             return
-        last = offer.versions[-1]
-        if self.store.has(last.object):
+        if not self._fetch_next(offer.versions):
             self._train()
-        else:
-            self._fetch(last.object, last.bytes)
+
+    def _fetch_next(self, versions: Sequence[VersionRef]) -> bool:
+        """Begins to fetch the first of them that is not held; False: all are."""
+        for ref in versions:
+            if not self.store.has(ref.object):
+                self._fetch(ref.object, ref.bytes)
+                return True
+        return False
 
     def _fetch(self, digest: str, size: int) -> None:
-        if self.store.has(digest):
-            return
         self.receiver = ObjectReceiver.open(self.folder / self.name / "incoming", digest, size, 1024)
         self.say(self.receiver.have(self.name, 4))
 
@@ -356,12 +360,11 @@ class FakeDevice:
             receiver, self.receiver = self.receiver, None
             receiver.finish(self.store)
             assert self.state is not None
-            if self.offer is not None and receiver.digest == self.offer.versions[-1].object:
-                self.holds.add(self.offer.versions[-1].number)
-                if not self.state.finished:
-                    self._train()
-            if self.state.version is not None and receiver.digest == self.state.version.object:
-                self.holds.add(self.state.version.number)
+            final = () if self.state.version is None else (*self.state.chain, self.state.version)
+            wanted = self.offer.versions if self.offer is not None and not self.state.finished else final
+            self.holds |= {ref.number for ref in wanted if ref.object == receiver.digest}
+            if not self._fetch_next(wanted) and wanted is not final:
+                self._train()
             self.report()
 
     def make_update(self, **changes: Any) -> Path:

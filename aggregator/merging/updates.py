@@ -1,0 +1,72 @@
+"""A round's updates as the merge reads them: in one order, one file open at a time, any number of them."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from aggregator.merging.base import Contribution, MergeRule, Sizes
+from edge_sdk.errors import ContainerError
+from edge_sdk.protocol.container import ContainerHeader
+from edge_sdk.updates.container import Container, Forms, fits, read_container
+
+__all__ = ["Updates"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where an update stands in the order, and what it weighs."""
+
+    device: str
+    round: int
+    path: Path
+    weight: float
+
+
+class Updates:
+    """The contributions in the one order that every rule uses: by device, then by round.
+
+    Raises ContainerError for one that does not fit ``sizes``, the rule or the others, or comes twice.
+    """
+
+    def __init__(self, contributions: Sequence[Contribution], sizes: Sizes, rule: MergeRule) -> None:
+        self._forms = Forms()
+        places: dict[tuple[str, int], _Place] = {}
+        fingerprints: set[str] = set()
+        self.trained: Counter[str] = Counter()
+        """Rows that were trained of each part, summed over the updates."""
+        checked: deque[ContainerHeader] = deque(maxlen=32)
+        for one in contributions:
+            container = read_container(one.path, "update", self._forms)
+            header = container.header
+            place = (one.device, header.round)
+            if place in places:
+                raise ContainerError(f"two updates of {one.device} for round {header.round} would both count")
+            if not any(header is other for other in checked):
+                checked.append(header)
+                _check(one, container, sizes)
+                rule.check(container.parts)
+                fingerprints.add(header.fingerprint)
+            self.trained.update({key: part.rows for key, part in container.parts.items()})
+            places[place] = _Place(one.device, header.round, one.path, one.samples * one.weight)
+        if len(fingerprints) > 1:
+            raise ContainerError(f"updates of {len(fingerprints)} different fingerprints cannot be merged")
+        self._places = [places[place] for place in sorted(places)]
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __iter__(self) -> Iterator[tuple[Container, float]]:
+        """Each update, open as long as it is looked at, and what it weighs."""
+        for place in self._places:
+            with read_container(place.path, "update", self._forms) as container:
+                yield container, place.weight
+
+
+def _check(one: Contribution, container: Container, sizes: Sizes) -> None:
+    for key, part in container.parts.items():
+        size = sizes.get(key)
+        if part.role == "fold" or size is None or not fits(part, size):
+            raise ContainerError(f"the update of {one.device} has a part {key!r} that the adapter has not")
