@@ -218,6 +218,7 @@ def show_versions(path: Path, *, as_json: bool) -> None:
             *(("perplexity",) if spoken else ()),
             "kB",
             "object",
+            "delta to",
             "not evaluated",
         ),
         [
@@ -229,6 +230,7 @@ def show_versions(path: Path, *, as_json: bool) -> None:
                 *((row["perplexity"],) if spoken else ()),
                 row["bytes"] // 1000,
                 row["object"][:12],
+                row["parent"],
                 row["evaluation_error"],
             )
             for row in rows

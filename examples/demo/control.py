@@ -16,6 +16,7 @@ import msgspec
 
 from aggregator.evaluation import setup_of
 from aggregator.merging.base import Contribution
+from aggregator.merging.streaming import merge_adapter
 from aggregator.methods.base import find_method
 from edge_sdk.config.run import RunConfig
 from edge_sdk.data.base_files import find_base, fingerprint_of
@@ -130,7 +131,9 @@ class _Control:
                 trained = self._train(folder, device, setup, spec, number, version, residuals.get(device))
                 residuals[device] = trained.residual
                 contributions.append(Contribution(Path(trained.update), device, trained.samples))
-            adapter, version = self._write(folder, number, self._method.merge.merge(adapter, contributions))
+            adapter, version = self._write(
+                folder, number, merge_adapter(self._method.merge, adapter, contributions)
+            )
         versions = (str(version),)
         evaluated = self._trainer.ask(
             lambda id: Evaluate(id=id, setup=self._evaluation, versions=versions), Evaluated

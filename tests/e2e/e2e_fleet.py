@@ -7,7 +7,7 @@ import re
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,18 @@ METHOD = Method(
     name="full-int8", allocation=FullDepth(), merge=LayerMean(), codec="int8", error_feedback=True
 )
 '''
+
+
+def chain_of(versions: Sequence[Mapping[str, Any]], number: int, folder: Path) -> list[Path]:
+    """The files below a server's folder that lead to a version, as ``versions --json`` tells of them."""
+    at: int | None = number
+    chain: list[Path] = []
+    by_number = {version["number"]: version for version in versions}
+    while at is not None:
+        (path,) = [one for one in folder.rglob(f"*{by_number[at]['object']}*") if one.is_file()]
+        chain.insert(0, path)
+        at = by_number[at]["parent"]
+    return chain
 
 
 def make_base(folder: Path) -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from causal_base import make_llama, write_prompts
-from e2e_fleet import Fleet, command, mqtt_section
+from e2e_fleet import Fleet, chain_of, command, mqtt_section
 from test_e2e_errors import check_error
 
 from examples.demo.children import AGGREGATOR
@@ -108,10 +108,9 @@ def test_the_export_is_a_causal_lm_adapter(finished: Fleet, tmp_path: Path) -> N
     card = (out / "README.md").read_text()
     assert "Held-out perplexity" in card and "AutoModelForCausalLM" in card
 
-    version = finished.ask_server("versions")[told["version"]]
-    (path,) = [p for p in (finished.folder / "server").rglob(f"*{version['object']}*") if p.is_file()]
+    chain = chain_of(finished.ask_server("versions"), told["version"], finished.folder / "server")
     live = load_model(finished.base, (), LoraShape(), "cpu", task="causal-lm")
-    live.set_adapter(read_adapter([path]))
+    live.set_adapter(read_adapter(chain))
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(finished.base), out).eval()
     tokenizer = AutoTokenizer.from_pretrained(finished.base)
     batch = tokenizer("say grey then dog ?\nthe dog and the grey .", return_tensors="pt")

@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+from e2e_fleet import chain_of
 
 pytest.importorskip("torch")
 
@@ -122,12 +123,12 @@ def test_the_exported_adapter_gives_the_live_models_logits(summary: Any, out: Pa
     config = load_run_config(out / "run.toml")
     command = [sys.executable, "-c", "from aggregator.cli.main import main; main()", "versions", "--json"]
     told = subprocess.run([*command, "--config", str(out / "run.toml")], capture_output=True, check=True)
-    best = max(json.loads(told.stdout), key=lambda one: (one["accuracy"], one["number"]))
-    found = [path for path in (out / "state/aggregator").rglob(f"*{best['object']}*") if path.is_file()]
+    versions = json.loads(told.stdout)
+    best = max(versions, key=lambda one: (one["accuracy"], one["number"]))
 
     folder = base_model()
     live = load_model(folder, config.run.labels, LoraShape(), "cpu")
-    live.set_adapter(read_adapter(found[:1]))
+    live.set_adapter(read_adapter(chain_of(versions, best["number"], out / "state/aggregator")))
     base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(config.run.labels))
     loaded = PeftModel.from_pretrained(base, out / "adapter").eval()
 
