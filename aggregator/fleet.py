@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import msgspec
 
-from aggregator.state.base import DeviceRow, Store
+from aggregator.planner.lessons import Lessons
+from aggregator.state.base import DeviceRow, ParticipationRow, Store
 from edge_sdk.protocol.base import PROTOCOL
 from edge_sdk.protocol.wire import Presence, Refusal, Run, Status
 
@@ -30,6 +31,8 @@ class Member:
     """Why it may not take part; None: it may."""
     up_bps: float | None = None
     down_bps: float | None = None
+    lessons: Lessons = field(default_factory=Lessons)
+    """What its reports and its rounds taught."""
 
     @property
     def ready(self) -> bool:
@@ -44,7 +47,8 @@ class Member:
         )
 
     def planned(self) -> Status | None:
-        """The last status, with the smoothed link in place of the last reported one."""
+        """The last status, with the smoothed link in place of the last reported one. ``lessons`` are put to
+        it by the plan, which needs both."""
         if self.status is None:
             return None
         link = self.status.link
@@ -69,8 +73,9 @@ class Fleet:
         with store.transaction():
             for row in store.devices(run.run):
                 self._members[row.device] = Member(
-                    row.device, row.session, up_bps=row.up_bps, down_bps=row.down_bps
-                )
+                    row.device, row.session, up_bps=row.up_bps, down_bps=row.down_bps,
+                    lessons=_lessons(row.learned),
+                )  # fmt: skip
                 self._rows[row.device] = replace(row, online=False)
                 store.put_device(self._rows[row.device])
 
@@ -136,8 +141,20 @@ class Fleet:
             member,
             up_bps=_smooth(member.up_bps, link.up_bps, measured),
             down_bps=_smooth(member.down_bps, link.down_bps, measured),
+            lessons=member.lessons.after_status(status),
         )
         return self._set(member, wall)
+
+    def learn(self, rows: Sequence[ParticipationRow], open_s: float) -> None:
+        """What a round taught that closed after ``open_s``. In the transaction that closes it, so that every
+        round teaches once."""
+        for row in rows:
+            member, status = self[row.device], self.reported(row.device)
+            if status is None or status.fit is None:
+                continue
+            lessons = member.lessons.after_round(row, self._run, status, open_s, online=member.online)
+            if lessons != member.lessons:
+                self._set(replace(member, lessons=lessons), self._rows[row.device].seen_at)
 
     def _judge(self, status: Status) -> Refusal | None:
         if status.run != self._run.run:
@@ -182,10 +199,15 @@ class Fleet:
             up_bps=member.up_bps,
             down_bps=member.down_bps,
             seen_at=wall,
+            learned=msgspec.json.encode(member.lessons).decode(),
         )
         self._store.put_device(row)
         self._rows[member.device], self._members[member.device] = row, member
         return member
+
+
+def _lessons(text: str | None) -> Lessons:
+    return Lessons() if text is None else msgspec.json.decode(text, type=Lessons)
 
 
 def _smooth(before: float | None, now: float | None, measured: bool) -> float | None:

@@ -266,6 +266,7 @@ class Rounds:
                 closed_at=self._clock.wall(),
                 **critical_path(received),
             )
+            self._fleet.learn(self.participations.present(), row.open_s)
         self._port.emit(
             "round.closed",
             round=row.number,

@@ -213,6 +213,7 @@ class Running:
             utilities=None if newest is None else read_utilities(newest.utilities),
             round=round,
             previous=previous,
+            lessons={status.device: self.fleet[status.device].lessons for status in devices},
         )
 
     def initial_version(self) -> Made:

@@ -41,6 +41,8 @@ class Method:
         merge: how updates become the next version.
         server_optimizer: how far the adapter goes along the merged change; None: as far as it says.
         levers: how tuned layers save memory; devices probe with the same.
+        other_levers: what a device may be offered where those leave too little, if it has them and its fit
+            can tell what they cost. With any, half a batch twice as often and fewer steps are offered too.
         codec: how updates travel.
         error_feedback: devices keep what the codec lost and add it to their next update.
         base_precision: what every device must hold its base in; None: what its owner chose.
@@ -53,6 +55,7 @@ class Method:
     merge: MergeRule
     server_optimizer: ServerOptimizer | None = None
     levers: Levers = field(default_factory=Levers)
+    other_levers: tuple[Levers, ...] = ()
     codec: str = "int8"
     error_feedback: bool = False
     base_precision: str | None = None

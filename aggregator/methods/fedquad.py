@@ -17,6 +17,11 @@ METHOD = Method(
     allocation=GreedyDepth(),
     merge=LayerMean(),
     levers=Levers(activation_bits=8, recompute="outputs"),
+    other_levers=(
+        Levers(activation_bits=4, activation_rounding="stochastic", recompute="outputs"),
+        Levers(activation_bits=8, recompute="inner"),
+        Levers(activation_bits=8, recompute="layer"),
+    ),
     codec="int8",
     error_feedback=True,
     summary="depth by pace, int8 activations where memory asks for them, int8 updates with error feedback",

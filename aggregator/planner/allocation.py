@@ -80,27 +80,26 @@ class GreedyDepth:
     depths: int = 4
 
     def allocate(self, fleet: Sequence[DeviceCosts], situation: Situation) -> Allocated:
-        options = [frontier(costs) for costs in fleet]
-        if not any(options) and situation.target_s is None:
+        options = [frontier(costs, situation.gain) for costs in fleet]
+        if situation.target_s is not None:
+            return _within(situation.target_s, fleet, options)
+        if not any(options):
             # The devices measure again; what they would need at least is as good a length as any.
             least = [costs.pair(1, costs.most_quantized(1)).seconds for costs in fleet]
             return Allocated(max(least), {})
-        frontiers = Frontiers.of(options, lambda pair: situation.gain(pair.depth, pair.quantized))
-        if situation.target_s is not None:
-            target, chosen = situation.target_s, frontiers.within(situation.target_s)
-        else:
-            swept = self._round(
-                self.objective(frontiers, [costs.samples for costs in fleet], situation.layers),
-                [situation.previous.get(costs.device, -1) for costs in fleet],
-            )
-            target, chosen = swept.target_s, swept.chosen
+        swept = self._round(
+            self.objective(
+                Frontiers.of(options, situation.gain), [costs.samples for costs in fleet], situation.layers
+            ),
+            [situation.previous.get(costs.device, -1) for costs in fleet],
+        )
         pairs = [pair for one in options for pair in one]
         return Allocated(
-            target,
+            swept.target_s,
             {
                 costs.device: pairs[index]
-                for costs, index in zip(fleet, chosen.tolist(), strict=True)
-                if index >= 0 and pairs[index].seconds <= target
+                for costs, index in zip(fleet, swept.chosen.tolist(), strict=True)
+                if index >= 0
             },
         )
 
@@ -130,6 +129,19 @@ class GreedyDepth:
                 if quantized is not None and (depth, quantized) not in found:
                     found.append((depth, quantized))
         return found
+
+
+def _within(target_s: float, fleet: Sequence[DeviceCosts], frontiers: Sequence[Sequence[Pair]]) -> Allocated:
+    """A round of a given length: everybody's deepest pair, and where there is none, the shallowest one with
+    fewer steps."""
+    pairs = {}
+    for costs, options in zip(fleet, frontiers, strict=True):
+        best = next((pair for pair in reversed(options) if pair.seconds <= target_s), None)
+        if best is None and options:
+            best = costs.shortened(options[0], target_s)
+        if best is not None:
+            pairs[costs.device] = best
+    return Allocated(target_s, pairs)
 
 
 @dataclass(frozen=True)

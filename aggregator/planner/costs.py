@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
+from aggregator.planner.lessons import Lessons
 from edge_sdk.planning.choice import fits_memory, unpredictable
 from edge_sdk.planning.cost import peak_mb, round_time, update_bytes, version_bytes
 from edge_sdk.protocol.measure import Fit
@@ -13,34 +15,78 @@ from edge_sdk.protocol.model import LoraShape, ModelShape
 from edge_sdk.protocol.spec import Levers, Setting
 from edge_sdk.protocol.wire import Run, Status
 
-__all__ = ["DeviceCosts", "Pair", "Situation", "Work", "device_costs", "frontier", "layer_gains"]
+__all__ = [
+    "DeviceCosts",
+    "Pair",
+    "Situation",
+    "Way",
+    "Work",
+    "device_costs",
+    "feasible",
+    "frontier",
+    "layer_gains",
+]
 
-ERROR_PER_LAYER = {8: 0.0, 4: 0.01}
+ERROR_PER_LAYER = {8: 0.0, 4: 0.01, 2: 0.05}
 """err(a) / a: what a quantized layer takes off a round's gain. At 8 bits the gradient's error is below 1 %,
 which no depth is worth giving up for; equal gains are told apart by their seconds."""
 
 
+FEWEST_STEPS = 0.25
+"""The least share of a round's steps that a device is offered where time binds."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a depth is trained: all of a candidate that costs memory or time besides its layers."""
+
+    levers: Levers
+    micro_batch: int
+    accumulation: int
+    steps: int
+    share: float = 1.0
+    """``steps`` over those of the round."""
+
+
 @dataclass(frozen=True)
 class Work:
-    """A round's work, the same for all devices."""
+    """A round's work, the same for all devices.
+
+    ``ways``: the method's own first; the others are for devices that it leaves too little memory.
+    """
 
     shape: ModelShape
     lora: LoraShape
-    micro_batch: int
     max_length: int
-    steps: int
-    levers: Levers
+    ways: tuple[Way, ...]
     codec: str
-    accumulation: int = 1
     factors: str = "AB"
     optimizer: str = "adamw"
 
     @classmethod
-    def of(cls, run: Run, *, steps: int, levers: Levers, codec: str, accumulation: int = 1) -> Work:
+    def of(
+        cls,
+        run: Run,
+        *,
+        steps: int,
+        levers: Levers,
+        codec: str,
+        accumulation: int = 1,
+        others: Sequence[Levers] = (),
+    ) -> Work:
+        """``others``: levers besides the method's own. Where there are any, a batch may be split too: half
+        of it, twice as often, is the same mathematics in less memory."""
+        own = Way(levers, run.micro_batch, accumulation, steps)
+        ways = [own, *(replace(own, levers=other) for other in others)]
+        if others and run.micro_batch % 2 == 0:
+            ways.append(replace(own, micro_batch=run.micro_batch // 2, accumulation=2 * accumulation))
         return cls(
-            run.shape, run.lora, run.micro_batch, run.max_length, steps, levers, codec, accumulation,
-            run.spec.factors, run.spec.optimizer,
-        )  # fmt: skip
+            run.shape, run.lora, run.max_length, tuple(ways), codec, run.spec.factors, run.spec.optimizer
+        )
+
+    @property
+    def own(self) -> Way:
+        return self.ways[0]
 
 
 @dataclass(frozen=True)
@@ -51,8 +97,10 @@ class Pair:
     quantized: int
     peak_mb: float
     seconds: float
+    train_s: float
     bytes_up: int
     bytes_down: int
+    way: Way
 
 
 @dataclass(frozen=True)
@@ -67,77 +115,138 @@ class DeviceCosts:
     samples: int
     fit: Fit
     budget_mb: float
+    reported_mb: float
+    """What it said last; ``budget_mb`` may be less."""
     up_bps: float | None
     down_bps: float | None
-    may_quantize: bool
-    """The device has the mechanism."""
+    mechanisms: frozenset[str]
     base_precision: str
     """What the device holds its base in: its owner's choice, which its fit was measured with."""
     work: Work
+    lessons: Lessons = field(default_factory=Lessons)
+    """What earlier rounds taught of its figures."""
 
-    def knows(self, depth: int, quantized: int) -> bool:
+    def knows(self, depth: int, quantized: int, way: Way | None = None) -> bool:
         """Whether the device can run the pair and its fit can tell what it costs."""
-        if quantized and not self.may_quantize:
+        way, work = way or self.work.own, self.work
+        levers, needs = way.levers, set()
+        if quantized:
+            needs.add(f"activation:int{levers.activation_bits}")
+        if levers != work.own.levers:
+            needs.add(f"recompute:{levers.recompute}")
+            if quantized:
+                needs.add(f"rounding:{levers.activation_rounding}")
+        if not needs <= self.mechanisms:
             return False
-        work = self.work
-        return not unpredictable(self.fit, work.shape, work.lora, self.setting(depth, quantized))
+        return not unpredictable(self.fit, work.shape, work.lora, self.setting(depth, quantized, way))
 
-    def setting(self, depth: int, quantized: int) -> Setting:
-        work = self.work
+    def setting(self, depth: int, quantized: int, way: Way | None = None) -> Setting:
+        way, work = way or self.work.own, self.work
         return Setting(
             depth=depth,
             quantized_layers=quantized,
-            levers=work.levers,
-            micro_batch=work.micro_batch,
+            levers=way.levers,
+            micro_batch=way.micro_batch,
             max_length=work.max_length,
             factors=work.factors,
             optimizer=work.optimizer,
             base_precision=self.base_precision,
         )
 
-    def peak_mb(self, depth: int, quantized: int) -> float:
+    def peak_mb(self, depth: int, quantized: int, way: Way | None = None) -> float:
         """Predicted memory above rest, of a pair that is known."""
-        return peak_mb(self.fit, self.work.shape, self.work.lora, self.setting(depth, quantized))
+        peak = peak_mb(self.fit, self.work.shape, self.work.lora, self.setting(depth, quantized, way))
+        return self.lessons.memory_factor * peak
 
-    def fits(self, depth: int, quantized: int) -> bool:
-        return self.knows(depth, quantized) and fits_memory(self.peak_mb(depth, quantized), self.budget_mb)
+    def fits(self, depth: int, quantized: int, way: Way | None = None) -> bool:
+        return self.knows(depth, quantized, way) and self._has_room(self.peak_mb(depth, quantized, way))
 
-    def least_quantized(self, depth: int) -> int | None:
-        """a_min(d): the fewest quantized layers with which the depth fits; None: it does not fit."""
-        return next((a for a in range(depth + 1) if self.fits(depth, a)), None)
+    def _has_room(self, peak: float) -> bool:
+        """By measured figures within the budget, and by predicted ones within what did not fail."""
+        lessons = self.lessons
+        return fits_memory(peak, self.budget_mb) and fits_memory(
+            peak / lessons.memory_factor, lessons.memory_share * self.budget_mb
+        )
+
+    def least_quantized(self, depth: int, way: Way | None = None) -> int | None:
+        """a_min(d): the fewest quantized layers with which the depth fits; None: it does not fit.
+
+        Each more of them needs less; the first may need more than none, as quantizing takes room too.
+        """
+        if self.fits(depth, 0, way):
+            return 0
+        if not self.fits(depth, depth, way):
+            # A fit made of some probes only may know the plain form, or the mix, and not this one.
+            return next((a for a in range(1, depth) if self.fits(depth, a, way)), None)
+        return 1 + bisect_left(range(1, depth + 1), True, key=lambda a: self.fits(depth, a, way))
 
     def most_quantized(self, depth: int) -> int:
         """All of the layers, or none where quantizing is not possible or not known."""
         return depth if self.knows(depth, depth) else 0
 
-    def pair(self, depth: int, quantized: int) -> Pair:
+    def pair(self, depth: int, quantized: int, way: Way | None = None) -> Pair:
         """The costs of a pair, whether it fits or not."""
-        work = self.work
+        way, work = way or self.work.own, self.work
         bytes_up = update_bytes(work.shape, work.lora, depth, work.codec, work.factors)
         bytes_down = version_bytes(work.shape, work.lora)
         time = round_time(
             self.fit,
             work.shape,
             work.lora,
-            self.setting(depth, quantized),
-            steps=work.steps * work.accumulation,
+            self.setting(depth, quantized, way),
+            steps=way.steps * way.accumulation,
             bytes_up=bytes_up,
             bytes_down=bytes_down,
             up_bps=self.up_bps,
             down_bps=self.down_bps,
         )
-        return Pair(depth, quantized, self.peak_mb(depth, quantized), time.total_s, bytes_up, bytes_down)
+        train_s = self.lessons.time_factor * time.train_s
+        return Pair(
+            depth,
+            quantized,
+            self.peak_mb(depth, quantized, way),
+            train_s + time.link_s,
+            train_s,
+            bytes_up,
+            bytes_down,
+            way,
+        )
+
+    def shortened(self, pair: Pair, target_s: float) -> Pair | None:
+        """The pair with as many steps as there is time for; None where that is no round worth its name."""
+        way, link_s = pair.way, pair.seconds - pair.train_s
+        steps = min(way.steps - 1, int(way.steps * (target_s - link_s) / max(pair.train_s, 1e-9) + 1e-9))
+        if steps < max(1.0, FEWEST_STEPS * way.steps):
+            return None
+        fewer = replace(way, steps=steps, share=way.share * steps / way.steps)
+        return self.pair(pair.depth, pair.quantized, fewer)
+
+    def has_room(self, pair: Pair) -> bool:
+        return self._has_room(pair.peak_mb)
+
+    def own_room(self, pair: Pair) -> bool:
+        """Whether the device thinks so, which knows nothing of earlier rounds."""
+        return fits_memory(pair.peak_mb / self.lessons.memory_factor, self.reported_mb)
+
+    def own_seconds(self, pair: Pair) -> float:
+        """What it predicts."""
+        return pair.seconds - pair.train_s + pair.train_s / self.lessons.time_factor
 
 
-def device_costs(status: Status, work: Work) -> DeviceCosts:
-    """Raises ValueError where the status holds no fit for this work; the text says what it holds."""
-    fit = status.fit
+def device_costs(status: Status, work: Work, lessons: Lessons | None = None) -> DeviceCosts:
+    """The status as it came; what earlier rounds taught is put to it here.
+
+    Raises ValueError where the status holds no fit for this work; the text says what it holds.
+    """
+    lessons = lessons or Lessons()
+    planned = lessons.planned(status)
+    fit = planned.fit
     if fit is None:
         raise ValueError("it has not reported a probe")
-    if (fit.micro_batch, fit.max_length) != (work.micro_batch, work.max_length):
+    if (fit.micro_batch, fit.max_length) != (work.own.micro_batch, work.max_length):
         raise ValueError(
             f"its probe is of batch {fit.micro_batch} and length {fit.max_length}, "
-            f"the run's are {work.micro_batch} and {work.max_length}"
+            f"the run's are {work.own.micro_batch} and {work.max_length}"
         )
     for rate in (status.link.up_bps, status.link.down_bps):
         if rate is not None and 0 < rate < 1:
@@ -146,12 +255,14 @@ def device_costs(status: Status, work: Work) -> DeviceCosts:
         device=status.device,
         samples=status.samples,
         fit=fit,
-        budget_mb=status.memory.budget_mb,
+        budget_mb=planned.memory.budget_mb,
+        reported_mb=status.memory.budget_mb,
         up_bps=status.link.up_bps,
         down_bps=status.link.down_bps,
-        may_quantize=f"activation:int{work.levers.activation_bits}" in status.mechanisms,
+        mechanisms=frozenset(status.mechanisms),
         base_precision=_base_precision(status.mechanisms),
         work=work,
+        lessons=lessons,
     )
 
 
@@ -160,23 +271,36 @@ def _base_precision(mechanisms: Sequence[str]) -> str:
     return next((word.removeprefix(kind) for word in mechanisms if word.startswith(kind)), "fp32")
 
 
-def frontier(costs: DeviceCosts) -> tuple[Pair, ...]:
-    """The feasible and efficient pairs (d, a_min(d)), strictly growing in depth and in seconds.
+def frontier(costs: DeviceCosts, gain: Callable[[Pair], float] = lambda pair: pair.depth) -> tuple[Pair, ...]:
+    """The feasible and efficient pairs, of growing seconds and gain, and of no less depth.
 
-    More than a_min(d) quantized layers cost time and buy nothing. A pair that takes as long as a deeper one
-    (a noisy fit) is dropped. How much longer quantized steps may take is not limited here: the sweep weighs
+    Of a depth that fits in the method's own way that is (d, a_min(d)): more quantized layers cost time and
+    buy nothing. Where none do, it is that of every other way. A pair that takes as long as a deeper one (a
+    noisy fit) is dropped. How much longer quantized steps may take is not limited here: the sweep weighs
     their seconds, and a limit that devices do not know would have them choose what was not recommended.
     """
     kept: list[Pair] = []
     for depth in range(1, costs.work.shape.layers + 1):
-        quantized = costs.least_quantized(depth)
-        if quantized is None:
+        pairs = feasible(costs, depth)
+        if not pairs:
             break  # memory grows with depth: nothing deeper fits
-        pair = costs.pair(depth, quantized)
-        while kept and kept[-1].seconds >= pair.seconds:
-            kept.pop()
-        kept.append(pair)
+        for pair in sorted(pairs, key=gain):
+            if kept and gain(pair) < gain(kept[-1]):
+                continue
+            while kept and kept[-1].seconds >= pair.seconds:
+                kept.pop()
+            kept.append(pair)
     return tuple(kept)
+
+
+def feasible(costs: DeviceCosts, depth: int) -> list[Pair]:
+    """The method's own way of training so deep, or, where that does not fit, all others that do."""
+    own, *others = costs.work.ways
+    quantized = costs.least_quantized(depth, own)
+    if quantized is not None:
+        return [costs.pair(depth, quantized, own)]
+    found = ((costs.least_quantized(depth, way), way) for way in others)
+    return [costs.pair(depth, quantized, way) for quantized, way in found if quantized is not None]
 
 
 @dataclass(frozen=True)
@@ -186,16 +310,16 @@ class Situation:
     layers: int
     gains: tuple[float, ...]
     """G(d) for d = 0..layers: what training the top d layers is worth, 0..1; see ``layer_gains``."""
-    activation_bits: int = 8
     round: int = 1
     target_s: float | None = None
     """How long a round shall take, where the operator fixed it."""
     previous: Mapping[str, int] = field(default_factory=dict)
     """Depth recommended to each device in the round before; empty: no hysteresis."""
 
-    def gain(self, depth: int, quantized: int) -> float:
-        """G(d) · (1 − err(a))."""
-        return self.gains[depth] * (1.0 - ERROR_PER_LAYER.get(self.activation_bits, 0.01) * quantized)
+    def gain(self, pair: Pair) -> float:
+        """G(d) · (1 − err(a)), and the share of the round's steps."""
+        error = ERROR_PER_LAYER.get(pair.way.levers.activation_bits, 0.05) * pair.quantized
+        return pair.way.share * self.gains[pair.depth] * max(0.0, 1.0 - error)
 
 
 def layer_gains(layers: int, utilities: Sequence[float] | None) -> tuple[float, ...]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from aggregator.methods.base import Method
 from aggregator.planner.candidates import candidates_for
 from aggregator.planner.costs import Situation, Work, device_costs, layer_gains
+from aggregator.planner.lessons import Lessons
 from edge_sdk.config.run import RunConfig
 from edge_sdk.protocol.spec import Candidate
 from edge_sdk.protocol.wire import Run, Status
@@ -52,6 +53,7 @@ def plan_round(
     utilities: Sequence[float] | None = None,
     round: int = 1,
     previous: Mapping[str, int] | None = None,
+    lessons: Mapping[str, Lessons] | None = None,
 ) -> RoundPlan:
     """The offers of a round, from what the devices last reported.
 
@@ -62,6 +64,7 @@ def plan_round(
     Args:
         utilities: of each layer, from the input up; None: uniform. See ``costs.layer_gains``.
         previous: depth recommended to each device in the round before, for hysteresis.
+        lessons: what earlier rounds taught of each device.
     """
     work = Work.of(
         run,
@@ -69,18 +72,22 @@ def plan_round(
         levers=method.levers,
         codec=method.codec,
         accumulation=config.training.accumulation,
+        others=method.other_levers,
     )
     fleet, excluded = [], {}
     for status in sorted(statuses, key=lambda s: s.device):
         try:
-            fleet.append(device_costs(status, work))
+            fleet.append(device_costs(status, work, (lessons or {}).get(status.device)))
         except ValueError as error:
             excluded[status.device] = str(error)
+    waiting = {costs.device: costs.lessons.waits(round, costs.reported_mb) for costs in fleet}
+    if not all(waiting.values()):  # if only those are left, they are asked after all
+        fleet = [costs for costs in fleet if not waiting[costs.device]]
+        excluded |= {device: why for device, why in waiting.items() if why}
     fixed = config.rounds.deadline_s
     situation = Situation(
         layers=run.shape.layers,
         gains=layer_gains(run.shape.layers, utilities),
-        activation_bits=method.levers.activation_bits,
         round=round,
         target_s=None if fixed is None else fixed / SLACK,
         previous=previous or {},
@@ -89,11 +96,13 @@ def plan_round(
         deadline = ALLOWANCE_S if fixed is None else fixed
         return RoundPlan(deadline, deadline / SLACK, {}, excluded)
     allocated = method.allocation.allocate(fleet, situation)
+    if fixed is not None:
+        target, deadline = fixed / SLACK, fixed
+    else:
+        target = min(TOLERANCE * max(allocated.target_s, 1e-3), LONGEST_S / SLACK)
+        deadline = max(SLACK * target, target + ALLOWANCE_S)
     candidates = {
-        costs.device: candidates_for(costs, method, situation, allocated.pairs.get(costs.device))
+        costs.device: candidates_for(costs, method, situation, allocated.pairs.get(costs.device), target)
         for costs in fleet
     }
-    if fixed is not None:
-        return RoundPlan(fixed, fixed / SLACK, candidates, excluded)
-    target = min(TOLERANCE * max(allocated.target_s, 1e-3), LONGEST_S / SLACK)
-    return RoundPlan(max(SLACK * target, target + ALLOWANCE_S), target, candidates, excluded)
+    return RoundPlan(deadline, target, candidates, excluded)

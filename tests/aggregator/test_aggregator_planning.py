@@ -13,6 +13,7 @@ from msgspec.structs import replace
 import aggregator.running
 from aggregator.planner.plan import plan_round
 from aggregator.planner.utility import read_utilities
+from edge_sdk.protocol.wire import Announce, Offer
 
 
 @pytest.fixture
@@ -47,3 +48,34 @@ def test_layer_utilities_come_of_each_merge_and_outlive_the_server(
     world.device("two")
     world.pump()
     assert planned[-1] == (3, two)
+
+
+def test_what_a_round_taught_is_in_the_next_plan_also_after_a_restart(world: World) -> None:
+    server = world.open(rounds=replace(world.config.rounds, total=3))
+
+    def slow(announce: Announce) -> Announce:
+        device.until = "offer"
+        return replace(announce, measured=replace(announce.measured, train_s=4 * announce.candidate.seconds))
+
+    device = world.device(alter_announce=slow)
+    world.pump()
+    lessons = server._running.fleet["one"].lessons  # type: ignore[union-attr]
+    assert lessons.rounds == 1 and lessons.time_ratio == pytest.approx(4.0)
+    first, second = (record for record in device.records if isinstance(record, Offer))
+    before, after = ({c.id: c.seconds for c in offer.candidates} for offer in (first, second))
+    both = set(before) & set(after)
+    assert both and all(after[name] > 3 * before[name] for name in both)
+    world.kill()
+    again = world.open()
+    assert again._running is not None
+    assert again._running.fleet["one"].lessons == lessons
+
+
+def test_who_missed_the_deadline_is_slower_in_the_next_round(world: World) -> None:
+    server = world.open(rounds=replace(world.config.rounds, total=3))
+    world.device(until="choice")
+    world.pump()
+    for _ in range(80):
+        world.pass_time(1)
+    lessons = server._running.fleet["one"].lessons  # type: ignore[union-attr]
+    assert lessons.time_ratio == 2.0 and "missed the deadline" in lessons.why

@@ -18,9 +18,15 @@ FEDQUAD, FEDAVG = find_method("fedquad"), find_method("fedavg")
 
 
 def plan(
-    *statuses: Status, method: Method = FEDQUAD, layers: int = 6, deadline_s: float | None = None
+    *statuses: Status,
+    method: Method = FEDQUAD,
+    layers: int = 6,
+    deadline_s: float | None = None,
+    previous: dict[str, int] | None = None,
 ) -> RoundPlan:
-    return plan_round(a_run(layers), method, statuses, config=a_config(deadline_s=deadline_s))
+    return plan_round(
+        a_run(layers), method, statuses, config=a_config(deadline_s=deadline_s), previous=previous
+    )
 
 
 def ids(candidates: Sequence[Candidate]) -> list[str]:
@@ -103,6 +109,16 @@ def test_a_fixed_deadline_takes_the_sweeps_place() -> None:
     assert recommended(made.candidates["b"]) is None
 
 
+def test_where_not_even_one_layer_keeps_a_fixed_deadline_there_are_fewer_steps() -> None:
+    # a step of one layer takes it 0.3 s: 6 of 10 in the 2 s that there are
+    made = plan(a_status("a", fit=a_fit()), a_status("b", fit=a_fit(pace=2.0)), deadline_s=2.0 * SLACK)
+    best = recommended(made.candidates["b"])
+    assert best is not None
+    assert (best.id, best.steps, best.gain) == ("d1a0s6", 6, pytest.approx(0.6 / 6))
+    assert best.seconds <= made.target_s
+    assert {c.steps for c in made.candidates["b"] if c is not best} == {10, 3}
+
+
 def test_fedavg_asks_all_for_everything() -> None:
     made = plan(
         a_status("a", fit=a_fit(levers=FEDAVG.levers), budget_mb=100),
@@ -128,9 +144,10 @@ def test_offered_depths() -> None:
 
 @pytest.mark.parametrize("method", [FEDQUAD, FEDAVG], ids=lambda m: m.name)
 def test_offers_are_small_and_what_is_recommended_is_what_a_device_takes(method: Method) -> None:
-    """With the planner's own figures a device takes the recommended candidate; the target admits it."""
+    """With the planner's own figures a device takes the recommended candidate; the target admits it. Also
+    where depths are kept as they were in the round before."""
     random_ = random.Random(5)
-    for _ in range(150):
+    for number in range(150):
         layers = random_.randint(1, 24)
         statuses = [
             a_status(
@@ -142,7 +159,8 @@ def test_offers_are_small_and_what_is_recommended_is_what_a_device_takes(method:
             )
             for i in range(random_.randint(1, 12))
         ]
-        made = plan(*statuses, method=method, layers=layers)
+        previous = {s.device: random_.randint(1, layers) for s in statuses if number % 2}
+        made = plan(*statuses, method=method, layers=layers, previous=previous)
         run = a_run(layers)
         assert set(made.candidates) == {s.device for s in statuses}
         for status in statuses:
@@ -155,19 +173,18 @@ def test_offers_are_small_and_what_is_recommended_is_what_a_device_takes(method:
             assert best.peak_mb <= 0.9 * status.memory.budget_mb
             assert TOLERANCE * best.seconds <= made.target_s + 1e-9 < made.deadline_s
             assert status.fit is not None
-            found = choose(
-                offer,
-                fit=status.fit,
-                budgets=Budgets(
-                    status.memory.budget_mb, made.target_s / TOLERANCE * (1 + 1e-12), status.link.up_bps
-                ),
-                shape=run.shape,
-                lora=run.lora,
-                spec=run.spec,
-                down_bytes=best.bytes_down,
-            )
-            assert isinstance(found, Chosen)
-            assert found.candidate.id == best.id
+            for seconds in (made.target_s, made.target_s / TOLERANCE * (1 + 1e-12)):
+                found = choose(
+                    offer,
+                    fit=status.fit,
+                    budgets=Budgets(status.memory.budget_mb, seconds, status.link.up_bps),
+                    shape=run.shape,
+                    lora=run.lora,
+                    spec=run.spec,
+                    down_bytes=best.bytes_down,
+                )
+                assert isinstance(found, Chosen)
+                assert found.candidate.id == best.id
 
 
 def test_limits_make_choices_and_swapping_them_swaps_the_choices() -> None:

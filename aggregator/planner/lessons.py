@@ -1,0 +1,199 @@
+"""What the server learned of a device: averages of what it reported, and what its rounds corrected.
+
+Three things are kept apart, as they are corrected in different ways:
+
+- what a device reports (seconds of its fit, memory) is averaged, so that one odd report does not change a
+  plan. Less memory than the average counts at once;
+- what it measured over what was predicted, as a ratio. A plan multiplies by it where it is above 1: a device
+  that is better than it predicts would refuse what is planned for better figures, as it chooses by its own;
+- what failed. A device that stepped down is offered no more than what it then could do; one that ran late is
+  slower from then on; one that declined for memory is left alone for twice as many rounds each time, until it
+  reports more of it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+from aggregator.state.base import ParticipationRow
+from edge_sdk.planning.choice import MEMORY_SAFETY, STEP_DOWN_MARGIN
+from edge_sdk.planning.cost import step_s
+from edge_sdk.protocol.base import NotNegative, Record
+from edge_sdk.protocol.measure import Fit
+from edge_sdk.protocol.wire import Announce, Choice, Decline, Offer, Run, Status
+
+__all__ = ["MEMORY", "Lessons"]
+
+MEMORY = 0.8
+"""Weight of the past (lambda) in every moving average."""
+
+MORE_MEMORY = 1.1
+"""Who declined for memory is asked at once when it reports so many times what it had then."""
+
+_LEAST_SLOWER, _MOST_SLOWER = 1.25, 2.0
+"""By what a device counts as slower after it missed a deadline: all that is known is that it took longer."""
+
+Ratio = Annotated[float, msgspec.Meta(ge=0.25, le=8.0)]
+
+
+class Lessons(Record, frozen=True, kw_only=True):
+    """Immutable: every event gives a new one. ``forward_s`` to ``budget_mb`` are averages of reports."""
+
+    of: str = ""
+    """What the fit was made on and for; another one makes all that follows void."""
+    forward_s: float | None = None
+    layer_s: float | None = None
+    quantize_s: float | None = None
+    budget_mb: float | None = None
+    rounds: NotNegative = 0
+    """Rounds whose measured figures are in the ratios."""
+    memory_ratio: Ratio = 1.0
+    time_ratio: Ratio = 1.0
+    memory_share: Annotated[float, msgspec.Meta(gt=0.0, le=1.0)] = 1.0
+    """Of what may be filled of the memory, the part up to which the device's own predictions held."""
+    declined: NotNegative = 0
+    """Declines for memory in a row; ``declined_round`` the last one's round, ``declined_mb`` its budget."""
+    declined_round: NotNegative = 0
+    declined_mb: float = 0.0
+    why: str = ""
+    """The last correction, in words."""
+
+    @property
+    def memory_factor(self) -> float:
+        return max(1.0, self.memory_ratio)
+
+    @property
+    def time_factor(self) -> float:
+        return max(1.0, self.time_ratio)
+
+    def waits(self, round: int, budget_mb: float) -> str:
+        """Why the device is not asked in this round; empty: it is."""
+        until = self.declined_round + 2 ** min(self.declined, 5)
+        if not self.declined or round >= until or budget_mb > MORE_MEMORY * self.declined_mb:
+            return ""
+        return (
+            f"it declined round {self.declined_round} for memory and reports no more of it since; "
+            f"it is asked again in round {until}"
+        )
+
+    # What a device reports
+
+    def after_status(self, status: Status) -> Lessons:
+        fit = status.fit
+        if fit is None:
+            return self
+        before = self if self.of == _of(fit) else Lessons(of=_of(fit))
+        return msgspec.structs.replace(
+            before,
+            forward_s=_average(before.forward_s, fit.forward_s),
+            layer_s=_average(before.layer_s, fit.layer_s),
+            quantize_s=_average(before.quantize_s, fit.quantize_s),
+            budget_mb=_average(before.budget_mb, status.memory.budget_mb),
+        )
+
+    def planned(self, status: Status) -> Status:
+        """The status with averages in it. A limit that the owner set is exact at once."""
+        fit, memory = status.fit, status.memory
+        if fit is None or self.of != _of(fit):
+            return status
+        fit = msgspec.structs.replace(
+            fit,
+            forward_s=fit.forward_s if self.forward_s is None else self.forward_s,
+            layer_s=fit.layer_s if self.layer_s is None else self.layer_s,
+            quantize_s=fit.quantize_s if self.quantize_s is None else self.quantize_s,
+        )
+        if memory.limit_mb is None and self.budget_mb is not None:
+            memory = msgspec.structs.replace(memory, budget_mb=min(memory.budget_mb, self.budget_mb))
+        return msgspec.structs.replace(status, fit=fit, memory=memory)
+
+    # What a round teaches
+
+    def after_round(
+        self, row: ParticipationRow, run: Run, status: Status, open_s: float, *, online: bool
+    ) -> Lessons:
+        """``row``: of a round that closed after ``open_s``; ``online``: the device was there at its end."""
+        offer = msgspec.json.decode(row.offer, type=Offer)
+        offered = {one.id: one for one in offer.candidates}
+        choice = None if row.choice is None else msgspec.json.decode(row.choice, type=Choice)
+        taken = None if choice is None else offered.get(choice.candidate.id)
+        budget_mb, learned = status.memory.budget_mb, self
+        if row.decline is not None:
+            decline = msgspec.json.decode(row.decline, type=Decline)
+            if decline.reason == "memory":
+                learned = learned._declined(row.round, budget_mb, choice)
+            return learned
+        if taken is None or choice is None:
+            return learned
+        learned = msgspec.structs.replace(learned, declined=0)
+        if choice.attempt:
+            why = f"round {row.round}: it ran out of memory and stepped down to {taken.id}"
+            learned = learned._no_more_than(choice.candidate.peak_mb, budget_mb, why)
+        if row.state == "received" and row.announce is not None:
+            announce = msgspec.json.decode(row.announce, type=Announce)
+            return learned._measured(announce, run, status, offer.target_s, row.upload_s)
+        if row.state == "missed" and online:
+            slower = min(max(open_s / max(taken.seconds, 1e-9), _LEAST_SLOWER), _MOST_SLOWER)
+            return msgspec.structs.replace(
+                learned,
+                time_ratio=_ratio(learned.time_factor * slower),
+                why=f"round {row.round}: {taken.id} was predicted to take {taken.seconds:.1f} s and missed "
+                f"the deadline after {open_s:.1f} s",
+            )
+        return learned
+
+    def _declined(self, round: int, budget_mb: float, failed: Choice | None) -> Lessons:
+        learned = self
+        if failed is not None:
+            one = failed.candidate
+            why = f"round {round}: it ran out of memory with {one.id}, the smallest that it could take"
+            learned = self._no_more_than((1.0 - STEP_DOWN_MARGIN) * one.peak_mb, budget_mb, why)
+        return msgspec.structs.replace(
+            learned, declined=self.declined + 1, declined_round=round, declined_mb=budget_mb
+        )
+
+    def _no_more_than(self, peak_mb: float, budget_mb: float, why: str) -> Lessons:
+        """``peak_mb``: by the device's own prediction."""
+        share = (1.0 + 1e-9) * peak_mb / max(MEMORY_SAFETY * budget_mb, 1e-9)
+        return msgspec.structs.replace(self, memory_share=min(self.memory_share, max(share, 0.01)), why=why)
+
+    def _measured(
+        self, announce: Announce, run: Run, status: Status, target_s: float | None, upload_s: float | None
+    ) -> Lessons:
+        """Seconds count from the fit; memory from the device's own prediction, which knows what it kept of
+        the frozen layers' outputs. Whoever ran late is slower at once, whoever was in time on the average."""
+        if status.fit is None:
+            return self
+        measured, one = announce.measured, announce.candidate
+        batch_s = step_s(status.fit, run.shape, run.lora, one.setting(run.spec))
+        time = _over(measured.train_s, one.steps * one.accumulation * batch_s)
+        memory = _over(measured.peak_mb, one.peak_mb)
+        late = target_s is not None and measured.train_s + (upload_s or 0.0) > target_s
+        why = self.why
+        if late and time > self.time_ratio:
+            why = f"round {announce.round}: it trained {time:.2f} times as long as predicted, and was late"
+        return msgspec.structs.replace(
+            self,
+            rounds=self.rounds + 1,
+            time_ratio=_ratio(max(time, self.time_ratio) if late else _average(self.time_ratio, time)),
+            memory_ratio=_ratio(max(memory, _average(self.memory_ratio, memory))),
+            why=why,
+        )
+
+
+def _of(fit: Fit) -> str:
+    levers = fit.levers
+    return f"{fit.machine}/{fit.micro_batch}x{fit.max_length}/{levers.activation_bits}/{levers.recompute}"
+
+
+def _average(before: float | None, now: float) -> float:
+    return now if before is None else MEMORY * before + (1.0 - MEMORY) * now
+
+
+def _over(measured: float, predicted: float) -> float:
+    return measured / predicted if predicted > 0.0 else 1.0
+
+
+def _ratio(value: float) -> float:
+    return min(max(value, 0.25), 8.0)
