@@ -17,6 +17,8 @@ __all__ = ["Downloads"]
 
 _ASK_S = 2.0
 _MOST_ASK_S = 60.0
+_GATHER_S = 0.05
+"""Chunks are acknowledged, and so synced, half a window at a time; fewer after so long."""
 
 
 @dataclass
@@ -29,6 +31,13 @@ class _Fetch:
     held_before: int
     asked: float
     patience: float = _ASK_S
+    gather_until: float | None = None
+    """When chunks that wait for others are acknowledged at the latest."""
+
+    @property
+    def due(self) -> float:
+        asks = self.asked + self.patience
+        return asks if self.gather_until is None else min(asks, self.gather_until)
 
 
 class Downloads:
@@ -85,6 +94,8 @@ class Downloads:
         if fetch.receiver.complete:
             self._ask(fetch, now)
             self._finish(chunk.transfer, fetch)
+        elif fetch.receiver.unsynced != 0 and 2 * fetch.receiver.unsynced < fetch.window:
+            fetch.gather_until = fetch.gather_until or now + _GATHER_S
         else:
             self._ask(fetch, now)
 
@@ -93,10 +104,12 @@ class Downloads:
         if not self._context.reachable or not self._fetches:
             return None
         for fetch in self._fetches.values():
-            if now >= fetch.asked + fetch.patience:
+            if fetch.gather_until is not None and now >= fetch.gather_until:
+                self._ask(fetch, now)
+            elif now >= fetch.asked + fetch.patience:
                 fetch.patience = min(_MOST_ASK_S, 2 * fetch.patience)
                 self._ask(fetch, now)
-        return min(fetch.asked + fetch.patience for fetch in self._fetches.values())
+        return min(fetch.due for fetch in self._fetches.values())
 
     def close(self) -> None:
         for fetch in self._fetches.values():
@@ -116,7 +129,7 @@ class Downloads:
                 )  # fmt: skip
 
     def _ask(self, fetch: _Fetch, now: float) -> None:
-        fetch.asked = now
+        fetch.asked, fetch.gather_until = now, None
         missing = fetch.ref.bytes - fetch.receiver.received_bytes
         if missing and not self._context.may_move(min(missing, fetch.window * fetch.chunk_bytes)):
             return  # asked again in a while, and answered tomorrow

@@ -6,6 +6,7 @@ asks again at ``due``. The receiver's word is the only acknowledgement; a broker
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import struct
@@ -208,8 +209,9 @@ _MAGIC = b"HAV1"
 class ObjectReceiver:
     """Receives one object into ``{digest}.part``, and knows in ``{digest}.have`` which chunks it holds.
 
-    Order of writing: a chunk's bytes, fdatasync, then its one byte in the ``.have`` file. So what
-    ``ranges`` claims is durable, and a crash at any point loses at most chunks that nobody was told of.
+    Order of writing: the bytes of some chunks, fdatasync once for all of them, then their bytes in the
+    ``.have`` file. So what ``have`` claims is durable, and a crash at any point loses at most chunks that
+    nobody was told of.
     The ``.have`` file begins with magic, chunk size, object size and the count of duplicate bytes.
     """
 
@@ -220,6 +222,7 @@ class ObjectReceiver:
         self._part_path, self._have_path = folder / f"{digest}{_PART}", folder / f"{digest}{_HAVE}"
         self._held = bytearray(chunk_count(size, chunk_bytes))
         self._part = self._have = -1
+        self._unsynced: list[int] = []
         self.duplicate_bytes = 0
         """Payload bytes that arrived more than once; survives a restart."""
         self.received_bytes = 0
@@ -283,15 +286,19 @@ class ObjectReceiver:
 
     @property
     def ranges(self) -> tuple[tuple[int, int], ...]:
-        """Chunks held, as half-open ranges in order."""
-        return tuple(ranges_of(self._held))
+        """Chunks held durably, as half-open ranges in order."""
+        durable = bytearray(self._held)
+        for index in self._unsynced:
+            durable[index] = 0
+        return tuple(ranges_of(durable))
 
     @property
     def complete(self) -> bool:
+        """Every chunk came; ``finish`` makes all of them durable."""
         return 0 not in self._held
 
     def accept(self, chunk: Chunk) -> bool:
-        """Makes one chunk durable. False: it was held already.
+        """Writes one chunk down, for ``have`` to make durable. False: it was held already.
 
         Raises ProtocolError where it is no chunk of this object, StateError when the disk refuses it.
         """
@@ -310,18 +317,40 @@ class ObjectReceiver:
                 _write(self._have, header, 0)
                 return False
             _write(self._part, chunk.payload, chunk.offset)
-            os.fdatasync(self._part)
-            _write(self._have, b"\x01", _HEADER.size + index)
         except OSError as error:
             raise StateError(
                 f"chunk {index} cannot be written to {self._folder}: {error.strerror}"
             ) from error
         self._held[index] = 1
+        self._unsynced.append(index)
         self.received_bytes += len(chunk.payload)
         return True
 
+    @property
+    def unsynced(self) -> int:
+        """Chunks written down that the sender must not be told of yet."""
+        return len(self._unsynced)
+
+    def sync(self) -> None:
+        """Makes durable what came since the last time. Raises StateError when the disk refuses it."""
+        if not self._unsynced:
+            return
+        try:
+            os.fdatasync(self._part)
+            for index in self._unsynced:
+                _write(self._have, b"\x01", _HEADER.size + index)
+        except OSError as error:
+            raise StateError(
+                f"{len(self._unsynced)} chunks cannot be written to {self._folder}: {error.strerror}"
+            ) from error
+        self._unsynced.clear()
+
     def have(self, device: str, window: int) -> Have:
-        """The record that tells the sender what is held, and how much more may be under way."""
+        """The record that tells the sender what is held, and how much more may be under way.
+
+        What it tells is durable. Raises StateError when the disk refuses that.
+        """
+        self.sync()
         return Have(
             device=device,
             object=self.digest,
@@ -341,6 +370,7 @@ class ObjectReceiver:
             raise StateError(
                 f"object {self.digest[:12]} is not complete: {self._held.count(0)} chunks missing"
             )
+        self._unsynced.clear()  # the whole file is synced before it gets its name
         self.close()
         try:
             store.adopt(self._part_path, expect=self.digest)
@@ -352,12 +382,15 @@ class ObjectReceiver:
 
     def discard(self) -> None:
         """Forgets everything received."""
+        self._unsynced.clear()
         self.close()
         self._have_path.unlink(missing_ok=True)
         self._part_path.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Lets go of the files; ``open`` goes on where it stopped."""
+        with contextlib.suppress(StateError):
+            self.sync()
         for descriptor in (self._part, self._have):
             if descriptor >= 0:
                 os.close(descriptor)
