@@ -14,6 +14,7 @@ import typer
 
 from aggregator.brokerage import read_note
 from aggregator.cli.extra import need_server_extra
+from aggregator.cli.planned import last_parts, planned_facts
 from aggregator.cli.progress import device_label
 from aggregator.state.base import LedgerRow, ParticipationRow, RunRow, Store, best_version
 from aggregator.state.folder import StateFolder, open_store
@@ -116,6 +117,7 @@ def show_devices(path: Path, *, as_json: bool) -> None:
     with looking(path) as look:
         running = look.folder.holder() is not None
         ledger = {row.device: row for row in look.store.ledger(look.run.run)}
+        parts = last_parts(look.store, look.run.run)
         rows = []
         for row in look.store.devices(look.run.run):
             status = None if row.status is None else msgspec.json.decode(row.status, type=Status)
@@ -139,6 +141,7 @@ def show_devices(path: Path, *, as_json: bool) -> None:
                     "insecure": status is not None and status.insecure,
                     "refused": None if refusal is None else refusal.message,
                     "seen": row.seen_at,
+                    **planned_facts(row, parts.get(row.device)),
                     **{name: count for name, count in counts.items() if name not in ("run", "device")},
                 }
             )
@@ -146,13 +149,17 @@ def show_devices(path: Path, *, as_json: bool) -> None:
         typer.echo(json.dumps(rows))
         return
     _table(
-        ("device", "online", "state", "samples", "up kB", "down kB", "twice kB", "refused"),
+        (
+            *("device", "online", "state", "samples", "recommended", "chosen", "bound by"),
+            *("up kB", "down kB", "twice kB", "refused"),
+        ),
         [
             (
                 device_label(row["device"], row["device_class"], row["emulated"]),
                 "yes" if row["online"] else "no",
                 f"{row['permission']}: {row['reason']}" if row["reason"] else row["permission"],
                 row["samples"],
+                *((row["plan"] or {}).get(name) for name in ("recommended", "chosen", "binding")),
                 row["bytes_up"] // 1000,
                 row["bytes_down"] // 1000,
                 row["duplicate_bytes"] // 1000,

@@ -105,6 +105,11 @@ def test_devices_rounds_versions(world: World, command: Command) -> None:
     devices = json.loads(command("devices", "-c", config, "--json")[1])
     assert [one["device"] for one in devices] == ["garden", "kitchen"]
     assert devices[1]["bytes_up"] > 0 and devices[1]["emulated"] is True and not devices[1]["online"]
+    garden, kitchen = (one["plan"] for one in devices)
+    assert kitchen["chosen"] == kitchen["recommended"] is not None and kitchen["binding"] == "none"
+    assert garden is None or garden["chosen"] is None
+    assert devices[0]["learned"]["declined"] > 0 and devices[1]["learned"]["rounds"] == 2
+    assert devices[1]["learned"]["time_ratio"] > 1 and devices[1]["learned"]["forward_s"] > 0
 
     out = command("rounds", "-c", config)[1]
     assert "round 1: merged" in out and "memory: no" in out
