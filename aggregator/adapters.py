@@ -84,8 +84,13 @@ class Adapters:
         """
         before = self._read(chain)
         contributions = [
-            Contribution(path=self._objects.path(row.object), device=row.device, samples=row.samples)
-            for row in sorted(updates, key=lambda row: row.device)
+            Contribution(
+                path=self._objects.path(row.object),
+                device=row.device,
+                samples=row.samples,
+                weight=1.0 if row.weight is None else row.weight,
+            )
+            for row in updates
             if row.object is not None and row.samples is not None
         ]
         merge = Merge(self._rule, before, contributions, self._fresh(number))

@@ -28,8 +28,10 @@ class Means:
 
     def add(self, changes: Mapping[str, Change], weight: float) -> None:
         for key, change in changes.items():
-            self._totals[key][change.at] += np.multiply(change.rows, weight, dtype=np.float64)
-            self._weights[key][change.at] += weight
+            at, rows = change.at, change.rows.astype(np.float64)
+            rows *= weight
+            self._totals[key][at] += rows
+            self._weights[key][at] += weight
 
     def result(self) -> Mapping[str, Doubles]:
         return {key: self._mean(key, rows) for key, rows in self._before.items()}

@@ -1,7 +1,7 @@
 """The merge, a block of parts at a time: what lies in memory does not grow with the devices.
 
 A block is as many groups of parts as fit into ``BLOCK_BYTES`` of accumulators, one at least. Every update is
-opened once a block and read in the one order; sums are float64.
+opened once a block and added in the one order; sums are float64.
 """
 
 from __future__ import annotations
@@ -98,12 +98,15 @@ class Merge:
         return result
 
     def _gather(self, block: Sequence[tuple[str, ...]], gatherings: Sequence[Gathering]) -> None:
-        for container, weight in self._updates:
-            parts = container.parts
+        for batch in self._updates.batches():
             for group, gathering in zip(block, gatherings, strict=True):
-                changes = {key: Change(parts[key], container.tensor(key)) for key in group if key in parts}
-                if changes:
-                    gathering.add(changes, weight)
+                for container, weight in batch:
+                    parts = container.parts
+                    changes = {
+                        key: Change(parts[key], container.tensor(key)) for key in group if key in parts
+                    }
+                    if changes:
+                        gathering.add(changes, weight)
 
     def _blocks(self) -> Iterator[list[tuple[str, ...]]]:
         block: list[tuple[str, ...]] = []

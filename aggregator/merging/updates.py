@@ -1,9 +1,10 @@
-"""A round's updates as the merge reads them: in one order, one file open at a time, any number of them."""
+"""A round's updates as the merge reads them: in one order, a few files open at a time, any number of them."""
 
 from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from edge_sdk.protocol.container import ContainerHeader
 from edge_sdk.updates.container import Container, Forms, fits, read_container
 
 __all__ = ["Updates"]
+
+_BATCH, _BATCH_BYTES = 8, 6 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +61,22 @@ class Updates:
     def __len__(self) -> int:
         return len(self._places)
 
-    def __iter__(self) -> Iterator[tuple[Container, float]]:
-        """Each update, open as long as it is looked at, and what it weighs."""
-        for place in self._places:
-            with read_container(place.path, "update", self._forms) as container:
-                yield container, place.weight
+    def batches(self) -> Iterator[list[tuple[Container, float]]]:
+        """The updates in their order, a few at a time, open while they are looked at; and what each weighs.
+
+        A few, so that what they are added to is fetched from memory once for all of them.
+        """
+        with ExitStack() as opened:
+            batch: list[tuple[Container, float]] = []
+            for place in self._places:
+                container = read_container(place.path, "update", self._forms).load()
+                batch.append((opened.enter_context(container), place.weight))
+                if len(batch) >= _BATCH or sum(one.loaded_bytes for one, _ in batch) >= _BATCH_BYTES:
+                    yield batch
+                    opened.close()
+                    batch = []
+            if batch:
+                yield batch
 
 
 def _check(one: Contribution, container: Container, sizes: Sizes) -> None:

@@ -17,14 +17,17 @@ from edge_sdk.protocol.container import CODEC_FORMS, CodecForm
 
 __all__ = [
     "CODECS",
+    "SAFE_SCALE",
     "Codec",
     "Encoded",
     "Floats",
     "codec_named",
-    "usable_scales",
+    "largest_scale",
 ]
 
 Floats = npt.NDArray[np.float32]
+SAFE_SCALE = float(np.finfo(np.float32).max) / 256
+"""No code of eight bits leaves float32, times a scale up to this."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,9 @@ def _encode_int8(rows: Floats) -> Encoded:
 
 def _decode_int8(encoded: Encoded) -> Floats:
     assert encoded.scales is not None  # noqa: S101 - the container checked it
-    return encoded.values.astype(np.float32) * encoded.scales[:, None]
+    rows = encoded.values.astype(np.float32)
+    rows *= encoded.scales[:, None]
+    return rows
 
 
 CODECS = {
@@ -81,9 +86,11 @@ CODECS = {
 }
 
 
-def usable_scales(scales: Floats) -> bool:
-    """Whether every scale is finite and not negative."""
-    return bool((np.isfinite(scales) & (scales >= 0)).all())
+def largest_scale(scales: Floats) -> float | None:
+    """The largest of usable scales; None: one is negative or not finite."""
+    # what is not a number comes through both, and is in neither range
+    most = float(np.maximum.reduce(scales))
+    return most if np.minimum.reduce(scales) >= 0 and most < np.inf else None
 
 
 def codec_named(name: str) -> Codec:

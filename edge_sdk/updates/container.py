@@ -20,7 +20,15 @@ import numpy as np
 
 from edge_sdk.errors import ContainerError
 from edge_sdk.protocol.container import METADATA_KEY, Bits, ContainerHeader, ContainerKind, Part
-from edge_sdk.updates.codecs import CODECS, Codec, Encoded, Floats, codec_named, usable_scales
+from edge_sdk.updates.codecs import (
+    CODECS,
+    SAFE_SCALE,
+    Codec,
+    Encoded,
+    Floats,
+    codec_named,
+    largest_scale,
+)
 from edge_sdk.updates.layout import AGAIN, Layout, Stored, parse_layout, read_index
 from edge_sdk.updates.writer import SCALE, ContainerWriter
 
@@ -37,6 +45,7 @@ __all__ = [
 ]
 
 _DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "I8": np.dtype("i1")}
+_SMALL = 4 << 20
 _decoder = msgspec.json.Decoder(ContainerHeader)
 
 
@@ -139,7 +148,9 @@ class Container:
         self._layout = form.layout
         self._codec = form.codec
         self._parts = form.parts
+        self._size = form.size
         self._file: BinaryIO | None = None
+        self._data: bytes | None = None
 
     def __enter__(self) -> Container:
         self._file = self._open()
@@ -156,19 +167,34 @@ class Container:
     def parts(self) -> Mapping[str, Part]:
         return self._parts
 
+    @property
+    def loaded_bytes(self) -> int:
+        return 0 if self._data is None else len(self._data)
+
+    def load(self) -> Container:
+        """Reads a small file at once, for who wants most of it. Of a large one, parts are read singly."""
+        if self._size <= _SMALL:
+            with self._open() as file:
+                self._data = _bytes(file, self.path, 0, self._size)
+        return self
+
     def tensor(self, key: str) -> Floats:
         """One part decoded, float32 (rows, width), owned by the caller. Raises ContainerError."""
         if key not in self._parts:
             raise ContainerError(f"{self.path.name} has no part {key!r}")
-        if self._file is not None:
+        if self._data is not None or self._file is not None:
             encoded = self._read(self._file, key)
         else:
             with self._open() as file:
                 encoded = self._read(file, key)
-        if encoded.scales is not None and not usable_scales(encoded.scales):
-            raise ContainerError(
-                f"part {key!r} of {self.path.name} has a scale that is negative or not finite"
-            )
+        if encoded.scales is not None:
+            most = largest_scale(encoded.scales)
+            if most is None:
+                raise ContainerError(
+                    f"part {key!r} of {self.path.name} has a scale that is negative or not finite"
+                )
+            if most <= SAFE_SCALE:
+                return self._codec.decode(encoded)
         with np.errstate(over="ignore"):  # a code times a large scale: told just below
             rows = self._codec.decode(encoded)
         if not np.isfinite(rows).all():
@@ -200,14 +226,19 @@ class Container:
         except OSError as error:
             raise ContainerError(f"{self.path} cannot be read: {error.strerror}") from error
 
-    def _read(self, file: BinaryIO, key: str) -> Encoded:
-        values = _array(file, self.path, self._layout.tensors[key])
-        scales = (
-            _array(file, self.path, self._layout.tensors[key + SCALE])
-            if self._codec.form.row_scales
-            else None
-        )
-        return Encoded(values, scales)
+    def _read(self, file: BinaryIO | None, key: str) -> Encoded:
+        values = self._array(file, self._layout.tensors[key])
+        scaled = self._codec.form.row_scales
+        return Encoded(values, self._array(file, self._layout.tensors[key + SCALE]) if scaled else None)
+
+    def _array(self, file: BinaryIO | None, tensor: Stored) -> np.ndarray[Any, Any]:
+        dtype, size = _DTYPES[tensor.dtype], tensor.end - tensor.begin
+        if self._data is not None:
+            array = np.frombuffer(self._data, dtype, size // dtype.itemsize, tensor.begin)
+        else:
+            assert file is not None  # noqa: S101 - one of the two is there
+            array = np.frombuffer(_bytes(file, self.path, tensor.begin, size), dtype)
+        return array.reshape(tensor.shape)
 
 
 @dataclass(frozen=True)
@@ -216,6 +247,7 @@ class _Form:
     header: ContainerHeader
     codec: Codec
     parts: Mapping[str, Part]
+    size: int
 
 
 class Forms:
@@ -261,7 +293,7 @@ def _read_form(path: Path, index: bytes, size: int) -> _Form:
             f"this party has {', '.join(CODECS)}",
         )
     _check_tensors(path, layout, header, codec)
-    return _Form(layout, header, codec, {part.key: part for part in header.parts})
+    return _Form(layout, header, codec, {part.key: part for part in header.parts}, size)
 
 
 def _header(path: Path, layout: Layout) -> ContainerHeader:
@@ -316,12 +348,11 @@ def _check_part(path: Path, part: Part, codec: Codec) -> None:
         raise ContainerError(f"part {part.key!r} names slots that do not ascend")
 
 
-def _array(file: BinaryIO, path: Path, tensor: Stored) -> np.ndarray[Any, Any]:
-    size = tensor.end - tensor.begin
+def _bytes(file: BinaryIO, path: Path, begin: int, size: int) -> bytes:
     try:
-        data = os.pread(file.fileno(), size, tensor.begin)
+        data = os.pread(file.fileno(), size, begin)
     except OSError as error:
         raise ContainerError(f"{path} cannot be read: {error.strerror or error}") from error
     if len(data) != size:
         raise ContainerError(f"{path.name} became shorter while it was read", AGAIN)
-    return np.frombuffer(data, _DTYPES[tensor.dtype]).reshape(tensor.shape)
+    return data

@@ -1,0 +1,210 @@
+"""The merge of many stored updates: what it holds in memory, and how long it takes beside reading them.
+
+Files of int8 updates of one shape, written once; for more devices than files, hard links to them. The plain
+side reads each file at once and dequantizes every tensor, nothing else. Memory and time are of a process of
+its own: resting is after a first small merge, the peak is the kernel's, cleared before.
+
+    python -m benchmarks.aggregator.run --only merge
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from aggregator.adapters import Adapters
+from aggregator.methods.merging import find_optimizer, find_rule
+from aggregator.state.base import ParticipationRow, VersionRow
+from benchmarks.results import Claim, at_most
+from edge_sdk.protocol.model import DensePart, Fingerprint, LoraModule, LoraShape, ModelShape
+from edge_sdk.protocol.spec import TrainSpec
+from edge_sdk.protocol.wire import Run
+from edge_sdk.transport.objects import ObjectStore
+from edge_sdk.updates.container import read_container
+from edge_sdk.updates.delta import write_update
+from edge_sdk.updates.keys import all_keys
+from edge_sdk.updates.layout import parse_layout, read_index
+from edge_sdk.updates.versions import VersionChain
+
+MB = 1e6
+Row = dict[str, Any]
+
+
+def run_record(config: Mapping[str, Any]) -> Run:
+    width = config["width"]
+    modules = tuple(LoraModule(name=name, inputs=width, outputs=width) for name in ("query", "value"))
+    shape = ModelShape(
+        family="bert", layers=config["layers"], hidden=width, intermediate=4 * width, heads=16,
+        vocabulary=1000, layer_path="bert.encoder.layer", modules=modules,
+        dense=(DensePart(name="classifier.weight", shape=(4, width)),), parameters=1, base_bytes=1,
+    )  # fmt: skip
+    digest = "0" * 64
+    return Run(
+        run="merge", nonce="n", base="base", labels=("a", "b"), max_length=8, micro_batch=1,
+        lora=LoraShape(rank=config["rank"]), spec=TrainSpec(), shape=shape,
+        fingerprint=Fingerprint(
+            base=digest, tokenizer=digest, labels=digest, head="h", max_length=8, template=digest,
+            targets=("all-linear",), rank=config["rank"], alpha=16.0,
+        ),
+    )  # fmt: skip
+
+
+def write_files(folder: Path, record: Run, count: int) -> None:
+    """Version 0, and ``count`` updates that differ."""
+    store = ObjectStore(folder / "objects")
+    made = adapters(folder, record).initial()
+    (folder / "version").write_text(json.dumps([made.object, made.bytes]))
+    chain = VersionChain([store.path(made.object)])
+    start = {key: chain.tensor(key) for key in chain.sizes}
+    noise = np.random.default_rng(0)
+    end = {key: np.empty_like(rows) for key, rows in start.items()}
+    for number in range(count):
+        for key, rows in start.items():
+            noise.standard_normal(dtype=np.float32, out=end[key])
+            end[key] *= 0.01
+            end[key] += rows
+        write_update(
+            folder / "objects" / f"{number:064x}", run=record.run, round=1,
+            fingerprint=record.fingerprint.digest, builds_on=0, start=start, end=end,
+            keys=all_keys(record.shape), codec="int8", residual=None,
+        )  # fmt: skip
+
+
+def adapters(folder: Path, record: Run, rule: str = "layer-mean", optimizer: str = "none") -> Adapters:
+    (folder / "work").mkdir(exist_ok=True)
+    return Adapters(
+        record, find_rule(rule), ObjectStore(folder / "objects"), folder / "work", 0,
+        server_optimizer=None if optimizer == "none" else find_optimizer(optimizer),
+    )  # fmt: skip
+
+
+def participations(folder: Path, devices: int, files: int) -> list[ParticipationRow]:
+    rows = []
+    for number in range(devices):
+        name = f"{number:064x}"
+        path = folder / "objects" / name
+        if not path.exists():
+            path.hardlink_to(folder / "objects" / f"{number % files:064x}")
+        row = ParticipationRow("merge", 1, f"d{number:05}", "received", "", 0.0, object=name, samples=100)
+        rows.append(row)
+    return rows
+
+
+def plain(folder: Path, rows: list[ParticipationRow]) -> float:
+    """Reads every file whole, one after the other, and dequantizes every tensor. Returns seconds."""
+    first = folder / "objects" / str(rows[0].object)
+    layout, keys = parse_layout(first, *read_index(first)), list(read_container(first).parts)
+    began = time.perf_counter()
+    for row in rows:
+        data = (folder / "objects" / str(row.object)).read_bytes()
+        for key in keys:
+            at, scale = layout.tensors[key], layout.tensors[f"{key}.scale"]
+            codes = np.frombuffer(data, np.int8, at.end - at.begin, at.begin).reshape(at.shape)
+            scales = np.frombuffer(data, np.float32, scale.shape[0], scale.begin)
+            codes.astype(np.float32) * scales[:, None]
+    return time.perf_counter() - began
+
+
+def merge(folder: Path, maker: Adapters, rows: list[ParticipationRow]) -> float:
+    """What the server does at the end of a round: from stored updates to a stored version. Seconds."""
+    name, size = json.loads((folder / "version").read_text())
+    began = time.perf_counter()
+    maker.merged(1, 1, [VersionRow("merge", 0, 0, name, size, None, "global", 0.0)], rows)
+    return time.perf_counter() - began
+
+
+def child(folder: Path, config: Mapping[str, Any]) -> Iterator[Row]:
+    """In a process of its own: rows of one number of devices, rule and server optimizer."""
+    maker = adapters(folder, run_record(config), config["rule"], config["server_optimizer"])
+    rows = participations(folder, config["devices"], config["files"])
+    process = psutil.Process()
+    merge(folder, maker, rows[:4])
+    plain(folder, rows[:4])
+    for repeat in range(config["repeats"]):
+        rest = process.memory_info().rss
+        Path("/proc/self/clear_refs").write_text("5")
+        seconds = merge(folder, maker, rows)
+        peak = _highest()
+        yield {
+            "devices": config["devices"], "rule": config["rule"], "optimizer": config["server_optimizer"],
+            "repeat": repeat, "merge_s": seconds,
+            "plain_s": plain(folder, rows) if config["beside"] else None,
+            "rest_mb": rest / MB, "peak_above_rest_mb": (peak - rest) / MB,
+            "update_bytes": (folder / "objects" / ("0" * 64)).stat().st_size,
+        }  # fmt: skip
+
+
+def _highest() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def measured(folder: Path, config: Mapping[str, Any], **what: Any) -> list[Row]:
+    given = json.dumps({**config, "rule": "layer-mean", "server_optimizer": "none", "beside": False, **what})
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.aggregator.merge", str(folder), given],
+        stdout=subprocess.PIPE, check=True, text=True, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    for row in rows:
+        print(json.dumps(row), file=sys.stderr)
+    return rows
+
+
+def run(config: Mapping[str, Any]) -> tuple[list[Row], list[Claim]]:
+    folder = Path(tempfile.mkdtemp(prefix="merge-"))
+    try:
+        write_files(folder, run_record(config), config["files"])
+        main_rows = measured(folder, config, devices=config["files"], beside=True)
+        rows = list(main_rows)
+        linear = {config["files"]: min(row["merge_s"] for row in main_rows)}
+        for devices in config["more_devices"]:
+            more = measured(folder, config, devices=devices, repeats=1)
+            linear[devices] = more[0]["merge_s"]
+            rows += more
+        for optimizer in config["server_optimizers"]:
+            rows += measured(folder, config, devices=config["files"], server_optimizer=optimizer, repeats=1)
+        for rule in config["rules"]:
+            rows += measured(folder, config, devices=config["rule_devices"], rule=rule, repeats=1)
+    finally:
+        shutil.rmtree(folder)
+    plainly = [row["plain_s"] for row in main_rows]
+    each = {devices: seconds / devices for devices, seconds in linear.items()}
+    most = max(each)
+    peak = max(row["peak_above_rest_mb"] for row in main_rows)
+    grows = max(row["peak_above_rest_mb"] for row in rows if row["devices"] == most)
+    return rows, [
+        at_most(
+            "merge-memory",
+            f"peak memory above rest of a merge of {config['files']} updates of "
+            f"{main_rows[0]['update_bytes'] / MB:.2f} MB, in MB",
+            peak, 64.0,
+        ),
+        at_most("merge-memory-devices", f"the same with {most} devices, in MB", grows, 64.0),
+        at_most(
+            "merge-time",
+            "its time over that of reading and dequantizing the same files (noise of the plain side "
+            f"{max(plainly) / min(plainly) - 1:.0%})",
+            linear[config["files"]] / min(plainly), 4.0,
+        ),
+        at_most(
+            "merge-linear",
+            f"time per device with {most} devices over that with {min(each)}",
+            each[most] / each[min(each)], 1.25,
+        ),
+    ]  # fmt: skip
+
+
+if __name__ == "__main__":
+    for line in child(Path(sys.argv[1]), json.loads(sys.argv[2])):
+        print(json.dumps(line), flush=True)
