@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+from aggregator.echo import Echo
 from aggregator.fleet import Fleet
 from aggregator.intake import Intake
 from aggregator.rounds import Rounds
@@ -16,7 +17,7 @@ from edge_sdk.errors import ProtocolError
 from edge_sdk.protocol.base import Record
 from edge_sdk.protocol.frames import decode_chunk, is_chunk
 from edge_sdk.protocol.topics import Topics
-from edge_sdk.protocol.wire import Announce, Choice, Decline, Have, Presence, Status, decode
+from edge_sdk.protocol.wire import Announce, Choice, Decline, Have, Ping, Presence, Status, decode
 from edge_sdk.transport.base import Inbound
 
 __all__ = ["Reception"]
@@ -35,6 +36,7 @@ class Reception:
         intake: Intake,
         uploads: Uploads,
         downloads: Downloads,
+        echo: Echo,
         ledger: Ledger,
         clock: Clock,
         send: Callable[[str, Record], bool],
@@ -46,6 +48,7 @@ class Reception:
         self._intake = intake
         self._uploads = uploads
         self._downloads = downloads
+        self._echo = echo
         self._ledger = ledger
         self._clock = clock
         self._say = send
@@ -75,7 +78,10 @@ class Reception:
     def _on_frame(self, device: str, payload: bytes) -> None:
         if not is_chunk(payload):
             raise ProtocolError("not a chunk frame")
-        if not self._intake.on_chunk(device, decode_chunk(payload)):
+        chunk = decode_chunk(payload)
+        if self._echo.on_chunk(device, chunk):
+            return  # also of one that only measures, and takes no part
+        if not self._intake.on_chunk(device, chunk):
             raise ProtocolError("a chunk of no upload under way")
         self._heard(device)
 
@@ -87,6 +93,9 @@ class Reception:
             return
         if getattr(record, "device", device) != device:
             raise ProtocolError(f"device {device!r} sent a {type(record).__name__} in another one's name")
+        if isinstance(record, Ping):
+            self._echo.on_ping(device, record)
+            return
         match record:
             case Presence():
                 self._on_presence(record)

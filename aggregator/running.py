@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from aggregator.adapters import Adapters
+from aggregator.echo import LINK_BYTES, Echo
 from aggregator.evaluation import Evaluator, setup_of
 from aggregator.fleet import Fleet
 from aggregator.intake import Intake
@@ -121,6 +122,7 @@ class Running:
             self.intake,
             self.uploads,
             self.downloads,
+            Echo(namespace, clock, self._say, self._send_frame, self.emit),
             self.ledger,
             clock,
             self._say,
@@ -191,6 +193,7 @@ class Running:
             version=None if newest is None else newest.ref,
             chain=() if newest is None else tuple(one.ref for one in self.rounds.chain(newest.number)[:-1]),
             finished=self.rounds.finished,
+            link_bytes=LINK_BYTES,
         )
 
     def save(self) -> None:

@@ -21,6 +21,7 @@ __all__ = [
     "decode_chunk",
     "encode_chunk",
     "is_chunk",
+    "link_transfer",
     "transfer_id",
 ]
 
@@ -48,6 +49,11 @@ def transfer_id(namespace: str, device: str, channel: str, object_digest: str) -
     """
     key = "\n".join((namespace, device, channel, object_digest)).encode()
     return hashlib.sha256(key).digest()[:16]
+
+
+def link_transfer(namespace: str, device: str) -> bytes:
+    """Of the frames that measure a device's link, both ways; they belong to no object."""
+    return transfer_id(namespace, device, "link", "")
 
 
 def encode_chunk(transfer: bytes, index: int, offset: int, payload: bytes | memoryview) -> bytes:

@@ -1,8 +1,9 @@
 """The records of a round, as they travel over MQTT, and their JSON form.
 
 Retained: ``Run`` (what the run is), ``AggregatorState`` (who leads, where the run stands), ``Presence``.
-Device to aggregator: ``Status``, ``Choice``, ``Decline``, ``Announce``, ``Have`` (asks for an object).
-Aggregator to device: ``Offer``, ``Have`` (credit for an upload), ``Receipt``, ``Refusal``.
+Device to aggregator: ``Status``, ``Choice``, ``Decline``, ``Announce``, ``Have`` (asks for an object),
+``Ping``.
+Aggregator to device: ``Offer``, ``Have`` (credit for an upload), ``Receipt``, ``Refusal``, ``Pong``.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ __all__ = [
     "DeclineReason",
     "Have",
     "Offer",
+    "Ping",
+    "Pong",
     "Presence",
     "Receipt",
     "Refusal",
@@ -50,6 +53,7 @@ MAX_OBJECT_BYTES = 1 << 30
 ChunkBytes = Annotated[int, msgspec.Meta(ge=1024, le=256 * 1024)]
 ObjectBytes = Annotated[int, msgspec.Meta(ge=1, le=MAX_OBJECT_BYTES)]
 Window = Annotated[int, msgspec.Meta(ge=1, le=256)]
+Number = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
 Deadline = Annotated[float, msgspec.Meta(gt=0)]
 
 
@@ -103,6 +107,8 @@ class AggregatorState(Record, frozen=True, kw_only=True, tag="aggregator"):
     chain: Annotated[tuple[VersionRef, ...], msgspec.Meta(max_length=256)] = ()
     """What ``version`` builds on, a full one first; empty where it is a full one itself."""
     finished: bool = False
+    link_bytes: NotNegative = 0
+    """Payload that a device may send, and ask for, now and then to measure its link; 0: none."""
     reason: Text = ""
     """Why it is not ready though it is there: ``storage``, its disk is full; "": it is away, or starting."""
 
@@ -267,8 +273,42 @@ class Refusal(Record, frozen=True, kw_only=True, tag="refusal"):
     """The parts of the fingerprint that differ."""
 
 
+class Ping(Record, frozen=True, kw_only=True, tag="ping"):
+    """To be answered at once: by a ``Pong``, or, where bytes are wanted, by one frame with so many.
+
+    Frames of a link's measurement are chunks of the transfer ``link`` (``link_transfer``), their index the
+    number. One that the aggregator gets it answers by a ``Pong`` of that number; nobody keeps the bytes.
+    """
+
+    device: Name
+    number: Number
+    wants: Annotated[int, msgspec.Meta(ge=0, le=256 * 1024)] = 0
+
+
+class Pong(Record, frozen=True, kw_only=True, tag="pong"):
+    """The answer to a ``Ping``, or to a frame with ``bytes`` of payload."""
+
+    device: Name
+    number: Number
+    bytes: NotNegative = 0
+    refused: Text = ""
+    """Why nothing was answered: the device used up what it may measure with. Empty: it was."""
+
+
 Message = (
-    Run | AggregatorState | Presence | Status | Offer | Choice | Decline | Announce | Have | Receipt | Refusal
+    Run
+    | AggregatorState
+    | Presence
+    | Status
+    | Offer
+    | Choice
+    | Decline
+    | Announce
+    | Have
+    | Receipt
+    | Refusal
+    | Ping
+    | Pong
 )
 _decoder = msgspec.json.Decoder(Message)
 _encoder = msgspec.json.Encoder(order="deterministic")

@@ -126,6 +126,8 @@ RECORDS: list[Record] = [
     wire.Have(device="dev-1", object="f" * 64, bytes=99_999, chunk_bytes=32 * 1024, ranges=((0, 2), (3, 4))),
     wire.Receipt(device="dev-1", run="r1", round=2, object="f" * 64, duplicate_bytes=7),
     wire.Refusal(device="dev-1", run="r1", reason="fingerprint", message="another base", parts=("base",)),
+    wire.Ping(device="dev-1", number=2**32 - 1, wants=1024),
+    wire.Pong(device="dev-1", number=7, bytes=1024, refused="used up"),
 ]
 PLAIN = [json.loads(wire.encode(record)) for record in RECORDS]
 
