@@ -33,7 +33,10 @@ MORE_MEMORY = 1.1
 """Who declined for memory is asked at once when it reports so many times what it had then."""
 
 _LEAST_SLOWER, _MOST_SLOWER = 1.25, 2.0
-"""By what a device counts as slower after it missed a deadline: all that is known is that it took longer."""
+"""By what a device counts as slower that did not deliver: all that is known is that it takes longer."""
+
+_LATE = ("chosen", "sending", "missed")
+"""States at a round's end of those who took part and did not deliver."""
 
 Ratio = Annotated[float, msgspec.Meta(ge=0.25, le=8.0)]
 
@@ -133,13 +136,13 @@ class Lessons(Record, frozen=True, kw_only=True):
         if row.state == "received" and row.announce is not None:
             announce = msgspec.json.decode(row.announce, type=Announce)
             return learned._measured(announce, run, status, offer.target_s, row.upload_s)
-        if row.state == "missed" and online:
+        if row.state in _LATE and online and open_s > taken.seconds:
             slower = min(max(open_s / max(taken.seconds, 1e-9), _LEAST_SLOWER), _MOST_SLOWER)
             return msgspec.structs.replace(
                 learned,
                 time_ratio=_ratio(learned.time_factor * slower),
-                why=f"round {row.round}: {taken.id} was predicted to take {taken.seconds:.1f} s and missed "
-                f"the deadline after {open_s:.1f} s",
+                why=f"round {row.round}: {taken.id} was predicted to take {taken.seconds:.1f} s and was not "
+                f"there after {open_s:.1f} s",
             )
         return learned
 
@@ -176,7 +179,7 @@ class Lessons(Record, frozen=True, kw_only=True):
         return msgspec.structs.replace(
             self,
             rounds=self.rounds + 1,
-            time_ratio=_ratio(max(time, self.time_ratio) if late else _average(self.time_ratio, time)),
+            time_ratio=_ratio(max(time if late else 0.0, _average(self.time_ratio, time))),
             memory_ratio=_ratio(max(memory, _average(self.memory_ratio, memory))),
             why=why,
         )

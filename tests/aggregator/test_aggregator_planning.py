@@ -78,4 +78,4 @@ def test_who_missed_the_deadline_is_slower_in_the_next_round(world: World) -> No
     for _ in range(80):
         world.pass_time(1)
     lessons = server._running.fleet["one"].lessons  # type: ignore[union-attr]
-    assert lessons.time_ratio == 2.0 and "missed the deadline" in lessons.why
+    assert lessons.time_ratio == 2.0 and "was not there" in lessons.why

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from typing import Any
 
@@ -168,13 +169,17 @@ def test_who_is_faster_than_predicted_is_not_asked_for_more() -> None:
     assert plan(status, lessons) == made
 
 
-def test_a_missed_deadline_makes_a_device_slower_unless_it_went_away() -> None:
+def test_who_did_not_deliver_in_its_time_is_slower_unless_it_went_away() -> None:
     status = a_status(fit=a_fit())
     made = plan(status, Lessons())
     one = chosen(made, status)
     missed = a_row(made, "missed", choice=a_choice(one))
     assert taught(Lessons(), missed, status, open_s=64.2).time_ratio == 2.0
-    assert taught(Lessons(), missed, status, open_s=one.seconds).time_ratio == 1.25
+    assert taught(Lessons(), missed, status, open_s=1.01 * one.seconds).time_ratio == 1.25
+    assert taught(Lessons(), missed, status, open_s=0.9 * one.seconds) == Lessons(), "its time was not up"
+    assert (
+        taught(Lessons(), dataclasses.replace(missed, state="sending"), status, open_s=64.2).time_ratio == 2.0
+    )
     assert taught(Lessons(), missed, status, online=False) == Lessons()
     assert taught(Lessons(), a_row(made, "missed"), status) == Lessons(), "it never took the offer"
     lessons = Lessons()
