@@ -284,13 +284,20 @@ def frontier(costs: DeviceCosts, gain: Callable[[Pair], float] = lambda pair: pa
         pairs = feasible(costs, depth)
         if not pairs:
             break  # memory grows with depth: nothing deeper fits
-        for pair in sorted(pairs, key=gain):
-            if kept and gain(pair) < gain(kept[-1]):
+        for pair in sorted(pairs, key=lambda one: (gain(one), one.seconds)):
+            if kept and _worse(pair, kept[-1], gain):
                 continue
             while kept and kept[-1].seconds >= pair.seconds:
                 kept.pop()
             kept.append(pair)
     return tuple(kept)
+
+
+def _worse(pair: Pair, than: Pair, gain: Callable[[Pair], float]) -> bool:
+    """Less gain; or, of one depth, no more. A deeper one of equal gain is kept: layers are to be covered."""
+    if gain(pair) == gain(than):
+        return pair.depth == than.depth and pair.seconds >= than.seconds
+    return gain(pair) < gain(than)
 
 
 def feasible(costs: DeviceCosts, depth: int) -> list[Pair]:

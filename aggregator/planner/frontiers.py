@@ -22,9 +22,8 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Frontiers:
-    """``offsets[i]:offsets[i + 1]`` are the pairs of device i, strictly growing in depth, seconds and gain.
-
-    A device without any takes no part.
+    """``offsets[i]:offsets[i + 1]`` are the pairs of device i, of growing seconds, and of no less depth and
+    gain than the pair before. A device without any takes no part.
 
     Attributes:
         depth: of each pair; small integers of any width.
