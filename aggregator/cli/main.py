@@ -92,12 +92,16 @@ def export(
             help="Default: best, by held-out accuracy; newest where none was evaluated.",
         ),
     ] = None,
+    merged: Annotated[
+        bool,
+        typer.Option("--merged", help="Base and adapter as one transformers model (needs the extra train)."),
+    ] = False,
     json: JsonOption = False,
 ) -> None:
-    """Write a version as a PEFT adapter."""
+    """Write a version as a PEFT adapter, or folded into its base."""
     from aggregator.cli.making import export_version
 
-    export_version(config, out, version, as_json=json)
+    export_version(config, out, version, merged=merged, as_json=json)
 
 
 @app.command()

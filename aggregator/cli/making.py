@@ -5,20 +5,26 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 import typer
 
-from aggregator.cli.looking import looking
+from aggregator.cli.looking import Look, looking
 from aggregator.state.base import VersionRow, best_version
 from edge_sdk.errors import ContainerError, StateError
-from edge_sdk.protocol.wire import Run
+from edge_sdk.protocol.wire import Announce, Run
 from edge_sdk.transport.objects import ObjectStore, file_digest
+
+if TYPE_CHECKING:
+    from aggregator.export import Origin
 
 __all__ = ["export_version", "pick_version"]
 
 
-def export_version(config: Path, out: Path, wanted: str | None, *, as_json: bool) -> None:
+def export_version(
+    config: Path, out: Path, wanted: str | None, *, merged: bool = False, as_json: bool
+) -> None:
     """Raises StateError where there is no such version."""
     with looking(config) as look:
         versions = look.store.versions(look.run.run)
@@ -29,25 +35,18 @@ def export_version(config: Path, out: Path, wanted: str | None, *, as_json: bool
         while at is not None:
             chain.insert(0, by_number[at])
             at = by_number[at].parent
-        devices = sorted(
-            {row.device for row in look.store.participations(look.run.run) if row.state == "received"}
-        )
-        from aggregator.export import export_peft
+        from aggregator.export import export_merged, export_peft
 
+        run = msgspec.json.decode(look.run.record, type=Run)
+        origin = _origin(look, run, versions, chosen)
         objects = ObjectStore(look.folder.objects)
         paths = [_whole(objects, version) for version in chain]
+        base = look.run.base_folder
         try:
-            folder = export_peft(
-                out,
-                paths,
-                msgspec.json.decode(look.run.record, type=Run),
-                base=look.run.base_folder,
-                number=chosen.number,
-                rounds=chosen.round,
-                accuracy=chosen.accuracy,
-                perplexity=chosen.perplexity,
-                devices=devices,
-            )
+            if merged:
+                folder = export_merged(out, paths, run, base=base, origin=origin, config=look.config)
+            else:
+                folder = export_peft(out, paths, run, base=base, origin=origin)
         except OSError as error:
             raise StateError(
                 f"{out} cannot be written: {error.strerror}", "name a folder that can be made"
@@ -55,11 +54,44 @@ def export_version(config: Path, out: Path, wanted: str | None, *, as_json: bool
     facts = {
         "folder": str(folder),
         "version": chosen.number,
+        "merged": merged,
         "accuracy": chosen.accuracy,
         "perplexity": chosen.perplexity,
         "why": why,
     }
-    typer.echo(json.dumps(facts) if as_json else f"wrote version {chosen.number} to {folder} ({why})")
+    what = "the model with version" if merged else "version"
+    typer.echo(json.dumps(facts) if as_json else f"wrote {what} {chosen.number} to {folder} ({why})")
+
+
+def _origin(look: Look, run: Run, versions: Sequence[VersionRow], chosen: VersionRow) -> Origin:
+    """What is in the version: the updates of all rounds up to the one that made it."""
+    from aggregator.export import Origin
+
+    received = [
+        row
+        for row in look.store.participations(look.run.run)
+        if row.state == "received" and row.round <= chosen.round
+    ]
+    depths = [
+        msgspec.json.decode(row.announce, type=Announce).candidate.depth
+        for row in received
+        if row.announce is not None
+    ]
+    best = best_version(versions)
+    return Origin(
+        number=chosen.number,
+        rounds=chosen.round,
+        method=look.run.method,
+        accuracy=chosen.accuracy,
+        perplexity=chosen.perplexity,
+        loss=chosen.loss,
+        best=None if best is None else best.number,
+        versions=versions[-1].number,
+        devices=sorted({row.device for row in received}),
+        updates=len(received),
+        mean_depth=sum(depths) / len(depths) if depths else None,
+        layers=run.shape.layers,
+    )
 
 
 def _whole(objects: ObjectStore, version: VersionRow) -> Path:

@@ -138,7 +138,7 @@ class Evaluate(Record, frozen=True, kw_only=True, tag="evaluate"):
 
 
 class Export(Record, frozen=True, kw_only=True, tag="export"):
-    """Write a version as a PEFT adapter into ``folder``. Needs no model in memory."""
+    """Write a version into ``folder``: a PEFT adapter, or folded into its base. Needs no model in memory."""
 
     id: NotNegative
     base: Path
@@ -149,6 +149,10 @@ class Export(Record, frozen=True, kw_only=True, tag="export"):
     fingerprint: Fingerprint
     versions: tuple[Path, ...]
     folder: Path
+    merged: bool = False
+    """Base and adapter as one model."""
+    card: Annotated[str, msgspec.Meta(max_length=1 << 20)] = ""
+    """What to tell of the run, Markdown."""
 
 
 class PlanBase(Record, frozen=True, kw_only=True, tag="plan-base"):

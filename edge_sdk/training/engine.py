@@ -288,6 +288,8 @@ class Engine:
         from edge_sdk.updates.versions import read_adapter
 
         folder = Path(request.folder)
+        if request.merged:
+            return self._merge(request)
         write_peft(
             folder,
             read_adapter([Path(p) for p in request.versions]),
@@ -296,6 +298,24 @@ class Engine:
             base=request.base,
             labels=request.labels,
             task=request.task,
+            card=request.card,
+        )
+        return Exported(id=request.id, folder=str(folder))
+
+    def _merge(self, request: Export) -> Exported:
+        from edge_sdk.training.base import local_base
+        from edge_sdk.training.merged import write_merged
+        from edge_sdk.updates.versions import VersionChain
+
+        folder = write_merged(
+            Path(request.folder),
+            local_base(request.base),
+            VersionChain([Path(path) for path in request.versions]),
+            shape=request.shape,
+            lora=request.lora,
+            labels=request.labels,
+            task=request.task,
+            card=request.card,
         )
         return Exported(id=request.id, folder=str(folder))
 

@@ -21,7 +21,7 @@ from edge_sdk.protocol.model import LoraShape, ModelShape
 from edge_sdk.updates.codecs import Floats
 from edge_sdk.updates.keys import Adapter, lora_keys, part_sizes
 
-__all__ = ["write_peft"]
+__all__ = ["replace_folder", "write_peft"]
 
 _PEFT_TASKS = {"classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
 
@@ -56,14 +56,15 @@ def write_peft(
         for path in building.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-        _exchange(building, folder)
+        replace_folder(building, folder)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
     return folder
 
 
-def _exchange(building: Path, folder: Path) -> None:
+def replace_folder(building: Path, folder: Path) -> None:
+    """Puts ``building`` in the place of ``folder``, which may be there already."""
     if not folder.exists():
         building.replace(folder)
         return

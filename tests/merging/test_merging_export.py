@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file
 from updates_fakes import FINGERPRINT, LORA, SHAPE, moved
 
-from aggregator.export import export_peft
+from aggregator.export import Origin, export_peft
 from edge_sdk.errors import ContainerError
 from edge_sdk.protocol.model import Fingerprint
 from edge_sdk.protocol.spec import TrainSpec
@@ -25,6 +25,7 @@ RUN = Run(
         template=FINGERPRINT, targets=("all-linear",), rank=LORA.rank, alpha=LORA.alpha,
     ),
 )  # fmt: skip
+ORIGIN = Origin(number=1, rounds=1, method="fedquad")
 
 
 def chain(folder):
@@ -41,14 +42,18 @@ def chain(folder):
 def test_the_end_of_the_chain_is_exported_and_its_run_told(tmp_path):
     versions, last = chain(tmp_path)
     folder = export_peft(
-        tmp_path / "adapter", versions, RUN, base="some/base", number=1, rounds=1, accuracy=0.8125,
-        devices=("oak", "elm"),
+        tmp_path / "adapter", versions, RUN, base="some/base",
+        origin=Origin(
+            number=1, rounds=1, method="fedquad", accuracy=0.8125, devices=("elm", "oak"), updates=2,
+            mean_depth=1.5, layers=2, versions=3, best=2,
+        ),
     )  # fmt: skip
     tensors = load_file(folder / "adapter_model.safetensors")
     name = "base_model.model.bert.encoder.layer.1.output.dense.lora_B.weight"
     np.testing.assert_array_equal(tensors[name], last["1.output.dense.B"].T)
     card = (folder / "README.md").read_text()
-    for word in ("`paint`", "version 1", "oak, elm", "0.8125", RUN.fingerprint.digest):
+    told = ("`paint`", "version 1 of 3", "2 (elm, oak)", "0.8125", "fedquad", "depth 1.5 of 2", "rows is 2")
+    for word in (*told, RUN.fingerprint.digest):
         assert word in card
 
 
@@ -56,5 +61,5 @@ def test_a_version_of_another_run_is_not_exported(tmp_path):
     versions, _ = chain(tmp_path)
     other = msgspec.structs.replace(RUN, fingerprint=msgspec.structs.replace(RUN.fingerprint, rank=2))
     with pytest.raises(ContainerError, match="serves only the run that made it"):
-        export_peft(tmp_path / "adapter", versions, other, base="some/base", number=1, rounds=1)
+        export_peft(tmp_path / "adapter", versions, other, base="some/base", origin=ORIGIN)
     assert not (tmp_path / "adapter").exists()
