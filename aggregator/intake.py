@@ -11,13 +11,13 @@ from typing import Any
 import msgspec
 
 from aggregator.fleet import Fleet
-from aggregator.participations import DONE
 from aggregator.rounds import Rounds
-from aggregator.state.base import ParticipationRow, Store
+from aggregator.state.base import AWAITED, ParticipationRow, Store
 from aggregator.storage import NoRoomError, out_of_room
 from aggregator.transfers import Ledger, Upload, Uploads
 from aggregator.validation import Claim, check_announce, check_origin, refuse
 from edge_sdk.errors import ContainerError, StateError
+from edge_sdk.faults import reached
 from edge_sdk.protocol.base import Record
 from edge_sdk.protocol.frames import Chunk
 from edge_sdk.protocol.wire import Announce, Offer, Receipt, Refusal, Run
@@ -74,7 +74,7 @@ class Intake:
         Raises StateError where something that was accepted is gone.
         """
         waited_for = set()
-        for row in self._rounds.participations.present():
+        for row in self._rounds.participations.awaited():
             if row.state != "sending" or row.announce is None or row.object is None:
                 continue
             waited_for.add(row.device)
@@ -82,7 +82,7 @@ class Intake:
                 # The crash came between the object and its row.
                 announce = msgspec.json.decode(row.announce, type=Announce)
                 self._judge(announce, self._objects.path(row.object), 0, None)
-        self._uploads.keep_only(waited_for if self._rounds.row.state == "open" else set())
+        self._uploads.keep_only(waited_for)
         self._objects.sweep(self._store.objects())
 
     def on_announce(self, announce: Announce, device: str, now: float) -> None:
@@ -133,7 +133,7 @@ class Intake:
             self._finish(upload, now)
 
     def on_missed(self, devices: list[str]) -> None:
-        """The round closed without these: who is still sending need not go on."""
+        """Nothing of these is awaited any more: who is still sending need not go on."""
         for device in devices:
             upload = self._uploads[device]
             if upload is not None:
@@ -164,11 +164,9 @@ class Intake:
         return False
 
     def _claim(self, row: ParticipationRow | None, announce: Announce) -> Claim:
-        present = self._rounds.row
-        is_open = present.state == "open" and present.number == announce.round
         return Claim(
             offer=None if row is None else msgspec.json.decode(row.offer, type=Offer),
-            late=not is_open or (row is not None and row.state in DONE),
+            late=row is not None and row.state not in AWAITED,
             limit_bytes=self._limit_bytes,
             status=self._fleet.reported(announce.device),
         )
@@ -179,6 +177,7 @@ class Intake:
 
     def _finish(self, upload: Upload, now: float) -> None:
         announce = upload.announce
+        reached("update.complete")
         try:
             path = self._uploads.finish(upload)
         except ContainerError as error:
@@ -201,10 +200,14 @@ class Intake:
                 self._objects.remove(announce.object)
             self._refuse(refusal)
             return
+        reached("update.durable")
+        late = self._rounds.is_late(announce.round)
         with self._store.transaction():
             self._ledger.save()
             receipt = self._rounds.participations.on_received(announce, duplicate_bytes, upload_s)
+        reached("update.counted")
         self._send(announce.device, receipt)
+        reached("update.receipted")
         self._emit(
             "update.received",
             device=announce.device,
@@ -213,6 +216,7 @@ class Intake:
             duplicate_bytes=duplicate_bytes,
             samples=announce.samples,
             upload_s=upload_s,
+            late=late,
             **_measured(announce),
         )
 

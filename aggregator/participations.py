@@ -1,26 +1,32 @@
-"""Who takes part in a round, and how far each device is: every step a row, written before anybody is told."""
+"""Who takes part in a round, and how far each device is: every step a row, written before anybody is told.
+
+A device has one participation at most from which an update may still come. It may come after its round
+closed: then it is late, and counts in whatever round closes next.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import takewhile
+from math import inf
 from typing import Any
 
 import msgspec
 
 from aggregator.fleet import Fleet
-from aggregator.state.base import ParticipationRow, ParticipationState, RoundRow, Store
+from aggregator.scheduling.progress import Progress
+from aggregator.scheduling.schedule import Standing, staleness_weight
+from aggregator.state.base import AWAITED, ParticipationRow, ParticipationState, RoundRow, Store
 from edge_sdk.clock import Clock
 from edge_sdk.errors import StateError
-from edge_sdk.protocol.wire import Announce, Choice, Decline, Offer, Receipt, Refusal
+from edge_sdk.faults import reached
+from edge_sdk.protocol.wire import Announce, Choice, Decline, Offer, Receipt, Refusal, Status
 
-__all__ = ["DONE", "Participations", "critical_path", "deepest_of", "to_json"]
-
-DONE: frozenset[ParticipationState] = frozenset({"received", "declined", "refused"})
-"""States from which nothing more comes in this round."""
+__all__ = ["Participations", "critical_path", "deepest_of", "empty_in_a_row", "to_json"]
 
 
 class Participations:
-    """The participations of a run; those of the present round change while it is open, others never.
+    """The participations of a run. One changes as long as it is awaited, and once more when it is counted.
 
     Args:
         present: the present round's row.
@@ -34,18 +40,120 @@ class Participations:
         self._fleet = fleet
         self._clock = clock
         self._present = present
-
-    def present(self) -> Sequence[ParticipationRow]:
-        """Those of the present round, by device."""
-        return self._store.participations(self._name, self._present().number)
+        self.progress = Progress(clock)
 
     def find(self, round: int, device: str) -> ParticipationRow | None:
         return self._store.participation(self._name, round, device)
 
-    def open(self, round: int, device: str) -> ParticipationRow | None:
-        """The participation, if its round is open."""
-        present = self._present()
-        return self.find(round, device) if present.state == "open" and round == present.number else None
+    def states(self, round: int) -> Mapping[str, ParticipationState]:
+        """How far each device of the round is."""
+        return self._store.states(self._name, round)
+
+    def awaited(self, device: str | None = None) -> Sequence[ParticipationRow]:
+        """Those of any round, of one device or all, whose update may still come."""
+        return self._store.awaited(self._name, device)
+
+    def uncounted(self) -> Sequence[ParticipationRow]:
+        """Those whose update is part of no merge yet."""
+        return self._store.uncounted(self._name)
+
+    def counted(self, round: int) -> Sequence[ParticipationRow]:
+        """Those whose updates the round merges, in the order in which it does."""
+        return self._store.counted(self._name, round)
+
+    def newest_received(self) -> Mapping[str, ParticipationRow]:
+        return self._store.newest_received(self._name)
+
+    def standing(self, all_rounds: bool) -> Standing:
+        """How the present round stands. ``all_rounds``: with what those of earlier rounds do."""
+        row = self._present()
+        states = list(self.states(row.number).values())
+        return Standing(
+            open_s=row.open_s,
+            deadline_s=inf if row.deadline_s is None else row.deadline_s,
+            quorum=len(states) if row.quorum is None else row.quorum,
+            received=states.count("received"),
+            waited_for=sum(state in AWAITED for state in states),
+            uncounted=len(self.uncounted()) if all_rounds else 0,
+            at_work=len(self.awaited()) if all_rounds else 0,
+        )
+
+    def expected(self, round: int, device: str) -> ParticipationRow | None:
+        """The participation, if its update may still come."""
+        row = self.find(round, device)
+        return row if row is not None and row.state in AWAITED else None
+
+    def add(self, offers: Mapping[str, Offer], wall: float) -> None:
+        """The devices take part from now on, and in nothing before."""
+        for device, offer in offers.items():
+            for row in self.awaited(device):
+                self._set(row, state="missed")
+            self._store.add_participation(
+                ParticipationRow(
+                    self._name,
+                    offer.round,
+                    device,
+                    "offered",
+                    to_json(offer),
+                    wall,
+                    builds_on=offer.versions[-1].number,
+                )
+            )
+            self.progress.moved(device)
+
+    def count(self, builds_on: int) -> list[ParticipationRow]:
+        """What is there counts in the present round, by its staleness; as it stood before, by device."""
+        rows = sorted(self.uncounted(), key=lambda row: (row.device, row.round))
+        for row in rows:
+            staleness = max(0, builds_on - (builds_on if row.builds_on is None else row.builds_on))
+            weight = staleness_weight(staleness)
+            self._set(row, counts_in=self._present().number, staleness=staleness, weight=weight)
+        return rows
+
+    def give_up(self, least_version: int | None = None) -> list[ParticipationRow]:
+        """Awaits nothing more of those who build on an older version; None: of anybody. Returns them."""
+        rows = [
+            row
+            for row in self.awaited()
+            if least_version is None or row.builds_on is None or row.builds_on < least_version
+        ]
+        for row in rows:
+            self._set(row, state="missed")
+        return rows
+
+    def give_up_the_still(self, *, also_present: bool) -> tuple[list[ParticipationRow], float | None]:
+        """Awaits nothing more of late ones whose work has not moved for as long as their deadline was.
+
+        Args:
+            also_present: those of the present round too, as nothing else ends their time.
+
+        Returns:
+            Who they were, and after how many seconds the next one may follow.
+        """
+        gone, left = [], []
+        for row in self.awaited():
+            if row.round >= self._present().number and not also_present:
+                continue
+            rest = msgspec.json.decode(row.offer, type=Offer).deadline_s - self.progress.still_s(row.device)
+            if rest > 0:
+                left.append(rest)
+                continue
+            self._set(row, state="missed")
+            gone.append(row)
+        return gone, min(left, default=None)
+
+    def on_status(self, status: Status) -> list[ParticipationRow]:
+        """A device says where it stands: what it has forgotten does not come. Returns what is given up."""
+        lost = []
+        position = status.position
+        for row in self.awaited(status.device):
+            if position is not None and position.round == row.round:
+                if status.permission == "running":
+                    self.progress.moved(status.device)
+            elif row.round < self._present().number and row.state != "offered":
+                self._set(row, state="missed")
+                lost.append(row)
+        return lost
 
     def recommended(self, round: int) -> dict[str, int]:
         """The depth that was recommended to each device of the round."""
@@ -57,38 +165,44 @@ class Participations:
         return depths
 
     def on_choice(self, choice: Choice) -> bool:
-        """Notes a choice; False where it is of no open participation, or comes after a later word."""
-        row = self.open(choice.round, choice.device)
+        """Notes a choice; False where nothing was offered, or it comes after a later word."""
+        row = self.find(choice.round, choice.device)
         if row is None:
             return False
         if row.state in ("offered", "chosen"):
             self._set(row, state="chosen", choice=to_json(choice))
-        elif row.choice is None:  # the first one was lost, and this one comes after the update's announce
+        elif row.choice is None and row.state in ("sending", "received"):
+            # The first one was lost, and this one comes after the update's announce.
             self._set(row, choice=to_json(choice))
         else:
             return False
+        self.progress.moved(choice.device)
+        reached("choice.noted")
         return True
 
     def on_decline(self, decline: Decline) -> bool:
-        row = self.open(decline.round, decline.device)
-        if row is None or row.state in DONE:
+        row = self.expected(decline.round, decline.device)
+        if row is None:
             return False
         self._set(row, state="declined", decline=to_json(decline))
+        reached("decline.noted")
         return True
 
     def on_sending(self, announce: Announce) -> None:
         """The update is on its way. Should a crash come between its last byte and its row, this row tells."""
-        row = self.open(announce.round, announce.device)
+        row = self.expected(announce.round, announce.device)
         if row is not None and (row.state != "sending" or row.object != announce.object):
             self._set(row, state="sending", announce=to_json(announce), object=announce.object)
+        self.progress.moved(announce.device)
+        reached("update.awaited")
 
     def on_received(self, announce: Announce, duplicate_bytes: int, upload_s: float | None) -> Receipt:
         """The update is durable: from now on it counts. Returns what to tell the device.
 
-        Raises StateError where the device has no open participation: callers check before they store.
+        Raises StateError where nothing is expected of the device: callers check before they store.
         """
-        row = self.open(announce.round, announce.device)
-        if row is None or row.state in DONE:
+        row = self.expected(announce.round, announce.device)
+        if row is None:
             raise StateError(f"an update of round {announce.round} was stored that is not waited for")
         receipt = Receipt(
             device=announce.device,
@@ -115,8 +229,8 @@ class Participations:
 
     def on_refused(self, announce: Announce, refusal: Refusal) -> None:
         """The device's update of this round was refused for good."""
-        row = self.open(announce.round, announce.device)
-        if row is not None and row.state not in DONE:
+        row = self.expected(announce.round, announce.device)
+        if row is not None:
             self._set(
                 row,
                 state="refused",
@@ -155,6 +269,12 @@ def critical_path(received: Sequence[ParticipationRow]) -> dict[str, float | Non
         "shaped_upload_s": shaped,
         "critical_s": critical,
     }
+
+
+def empty_in_a_row(rounds: Sequence[RoundRow]) -> int:
+    """How many of the last closed rounds nobody delivered to."""
+    closed = (row.outcome for row in reversed(rounds) if row.state == "closed")
+    return sum(1 for _ in takewhile(lambda outcome: outcome == "empty", closed))
 
 
 def deepest_of(received: Sequence[ParticipationRow]) -> int:

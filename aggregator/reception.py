@@ -83,6 +83,7 @@ class Reception:
             return  # also of one that only measures, and takes no part
         if not self._intake.on_chunk(device, chunk):
             raise ProtocolError("a chunk of no upload under way")
+        self._rounds.participations.progress.moved(device)
         self._heard(device)
 
     def _on_record(self, device: str, record: Any) -> None:
@@ -115,6 +116,7 @@ class Reception:
                     )
             case Have():
                 self._downloads.on_have(device, record, now)
+                self._rounds.participations.progress.moved(device)
             case _:
                 raise ProtocolError(f"a {type(record).__name__} record has no place here")
         if not isinstance(record, Presence | Status):  # these two say of which session they are
@@ -163,6 +165,7 @@ class Reception:
                 limits=status.limits,
                 insecure=status.insecure,
             )
+        self._rounds.on_status(status)
         # Who is still busy with an earlier round may have missed the offer of this one.
         if status.position is None or status.position.round < self._rounds.row.number:
             self._rounds.offer_again(member.device)

@@ -1,4 +1,4 @@
-"""What the rounds are told by the operator, and what they need of the server around them."""
+"""What the rounds need of the server around them."""
 
 from __future__ import annotations
 
@@ -10,19 +10,7 @@ from aggregator.planner.plan import RoundPlan
 from aggregator.state.base import ParticipationRow, VersionRow
 from edge_sdk.protocol.wire import Offer, Status
 
-__all__ = ["Made", "RoundsPort", "Terms"]
-
-
-@dataclass(frozen=True)
-class Terms:
-    """What the operator set for all rounds."""
-
-    total: int
-    min_devices: int
-    evaluate_every: int | None
-    """None: there is nothing to evaluate on."""
-    chunk_bytes: int
-    window: int
+__all__ = ["Made", "RoundsPort"]
 
 
 @dataclass(frozen=True)
@@ -68,8 +56,8 @@ class RoundsPort(Protocol):
         """The round, the newest version or the end of the run: all devices are to know."""
         ...
 
-    def round_closed(self, missed: Sequence[str]) -> None:
-        """Nothing more is taken for this round; these devices did not deliver."""
+    def given_up(self, devices: Sequence[str]) -> None:
+        """No update of these devices is awaited any more."""
         ...
 
     def round_over(self) -> None:

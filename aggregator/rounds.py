@@ -7,8 +7,9 @@ before anybody is told. ``advance`` looks at the row and does what it asks for, 
 goes on by the same path as one that never stopped. Round 0 has no devices: its merge is the making of
 version 0, which is evaluated like any other.
 
-While a round is open, only the server's up-time counts against its deadline. Whether an update came in time
-is decided once, by the transaction that moves the round from open to merging.
+While a round is open, only the server's up-time counts against its deadline. Which updates count in it, and
+with what weight, is decided once, by the transaction that moves the round from open to merging: all that are
+there and counted in no round before, of whatever round they are. When that is, the schedule says.
 """
 
 from __future__ import annotations
@@ -19,14 +20,17 @@ from typing import Any
 import msgspec
 
 from aggregator.fleet import Fleet
-from aggregator.participations import DONE, Participations, critical_path, to_json
-from aggregator.planner.plan import RoundPlan
-from aggregator.round_port import RoundsPort, Terms
-from aggregator.state.base import ParticipationRow, RoundRow, Store, VersionRow
+from aggregator.participations import Participations, critical_path, empty_in_a_row
+from aggregator.round_port import RoundsPort
+from aggregator.scheduling.offering import Draft, Offering
+from aggregator.scheduling.patience import Patience
+from aggregator.scheduling.terms import Terms
+from aggregator.state.base import ClosedBy, ParticipationRow, RoundRow, Store, VersionRow
 from edge_sdk.clock import Clock
 from edge_sdk.errors import ContainerError, StateError
+from edge_sdk.faults import reached
 from edge_sdk.protocol.trainer import Died, Evaluated, Failed
-from edge_sdk.protocol.wire import Offer, Run
+from edge_sdk.protocol.wire import Offer, Run, Status
 
 __all__ = ["Rounds"]
 
@@ -44,7 +48,6 @@ class Rounds:
         self, store: Store, run: Run, terms: Terms, fleet: Fleet, port: RoundsPort, clock: Clock
     ) -> None:
         self._store = store
-        self._run = run
         self._name = run.run
         self._terms = terms
         self._fleet = fleet
@@ -55,13 +58,15 @@ class Rounds:
         self._not_before = self._last
         self._evaluating, self._evaluation_began = False, self._last
         self._told_waiting: tuple[int, int] | None = None
-        self._told_none: set[tuple[int, str, str]] = set()
+        self._buffered = terms.schedule.offers_while_open
         row = store.last_round(self._name)
         if row is None:
             row = RoundRow(self._name, 0, "merging")
             store.add_round(row)
         self._row = row
         self.participations = Participations(store, self._name, fleet, clock, lambda: self._row)
+        self._offering = Offering(run, terms, fleet, self.participations, port, self.chain)
+        self._patience = Patience(self.participations, port, clock, buffered=self._buffered)
         if row.state == "waiting":
             self._not_before += self._rest_s()
 
@@ -91,47 +96,38 @@ class Rounds:
             at = versions[at].parent
         return chain
 
+    def is_late(self, round: int) -> bool:
+        """Whether an update of that round, should it come now, comes after the round."""
+        return round < self._row.number or self._row.state not in ("waiting", "open")
+
     def on_evaluated(self, reply: Evaluated | Failed | Died) -> None:
         row = self._row
         if row.state != "evaluating" or row.version is None:
             return
+        reached("evaluation.come")
         self._evaluating = False
         wall, took = self._clock.wall(), self._clock.monotonic() - self._evaluation_began
+        found = _found(reply)
         with self._store.transaction():
             if isinstance(reply, Evaluated):
-                self._store.set_version(
-                    self._name,
-                    row.version,
-                    accuracy=reply.accuracy,
-                    loss=reply.loss,
-                    examples=reply.examples,
-                    f1=reply.f1,
-                    perplexity=reply.perplexity,
-                    tokens=reply.tokens,
-                    evaluation_error=None,
-                )
+                self._store.set_version(self._name, row.version, **found, evaluation_error=None)
                 self._move(evaluating_s=took, evaluation_s=min(took, reply.seconds))
             else:
                 self._store.set_version(self._name, row.version, evaluation_error=reply.message)
             self._move(state="closed", evaluated_at=wall)
         if isinstance(reply, Evaluated):
             self._port.emit(
-                "version.evaluated",
-                version=row.version,
-                round=row.number,
-                accuracy=reply.accuracy,
-                loss=reply.loss,
-                examples=reply.examples,
-                f1=reply.f1,
-                perplexity=reply.perplexity,
-                tokens=reply.tokens,
-                seconds=reply.seconds,
+                "version.evaluated", version=row.version, round=row.number, **found, seconds=reply.seconds
             )
         else:
             self._port.emit(
                 "version.not_evaluated", version=row.version, round=row.number, message=reply.message
             )
         self._emit_closed()
+
+    def on_status(self, status: Status) -> None:
+        """A device says where it stands."""
+        self._patience.on_status(status)
 
     # What time and the state bring
 
@@ -143,13 +139,15 @@ class Rounds:
         self._count_time()
         while self._step():
             self._count_time()
-        row = self._row
+        row, now = self._row, self._clock.monotonic()
+        waits = []
         if row.state == "open" and row.deadline_s is not None:
-            return max(0.0, min(_SAVE_S, row.deadline_s - row.open_s))
-        if row.state == "waiting":
-            rest = self._not_before - self._clock.monotonic()
-            return rest if rest > 0 else None
-        return None
+            waits += [row.deadline_s - row.open_s, _SAVE_S]
+        if row.state == "waiting" or (row.state == "open" and self._buffered):
+            still = self._patience.wait_s()
+            waits += [] if still is None else [still]
+            waits += [self._not_before - now] if self._not_before > now else []
+        return max(0.0, min(waits)) if waits else None
 
     def save(self) -> None:
         """Writes down how long the round has been open."""
@@ -158,12 +156,17 @@ class Rounds:
 
     def offer_again(self, device: str) -> None:
         """The device may have missed its offer: it gets it again, with the time that is left."""
-        row = self.participations.open(self._row.number, device)
-        if row is None or row.state not in ("offered", "chosen") or self._row.deadline_s is None:
-            return
-        offer = msgspec.json.decode(row.offer, type=Offer)
-        left = max(_LEAST_OFFER_S, self._row.deadline_s - self._row.open_s)
-        self._port.send_offer(device, msgspec.structs.replace(offer, deadline_s=left))
+        here = self._row
+        for row in self.participations.awaited(device):
+            if row.state == "sending":
+                continue
+            offer = msgspec.json.decode(row.offer, type=Offer)
+            if not self._buffered:
+                if here.state != "open" or row.round != here.number or here.deadline_s is None:
+                    continue  # it is late, and offered something else as soon as there is
+                left = max(_LEAST_OFFER_S, here.deadline_s - here.open_s)
+                offer = msgspec.structs.replace(offer, deadline_s=left)
+            self._port.send_offer(device, offer)
 
     def _step(self) -> bool:
         match self._row.state:
@@ -179,107 +182,122 @@ class Rounds:
                 return self._next()
 
     def _open_if_ready(self) -> bool:
-        ready, now = self._fleet.ready(), self._clock.monotonic()
-        if len(ready) < self._terms.min_devices or now < self._not_before:
-            state = self._row.number, len(ready)
+        now = self._clock.monotonic()
+        self._patience.look()
+        ready = len(self._fleet.ready())
+        if ready < self._terms.min_devices or now < self._not_before:
+            state = self._row.number, ready
             if self._told_waiting != state:
                 self._told_waiting = state
                 self._port.emit(
-                    "round.waiting", round=self._row.number, ready=len(ready), needed=self._terms.min_devices
+                    "round.waiting", round=self._row.number, ready=ready, needed=self._terms.min_devices
                 )
             return False
         newest = self.newest()
         if newest is None:
             raise StateError("a round waits for devices, and there is no version 0")
-        statuses = [status for member in ready if (status := member.planned()) is not None]
-        plan = self._port.plan(
-            self._row.number, statuses, self.participations.recommended(self._row.number - 1)
-        )
-        left_out = {(self._row.number, device, why) for device, why in plan.excluded.items()}
-        for number, device, why in sorted(left_out - self._told_none):
-            self._port.emit("offer.none", round=number, device=device, reason=why)
-        self._told_none = left_out
-        if not plan.candidates:
-            self._not_before = now + _LEAST_REST_S
-            return False
-        self._open(plan, newest)
-        return True
+        draft = self._draft(newest.number)
+        if draft is not None:
+            self._open(draft, newest.number)
+        return draft is not None
 
-    def _open(self, plan: RoundPlan, newest: VersionRow) -> None:
-        number, wall = self._row.number, self._clock.wall()
-        chain = tuple(version.ref for version in self.chain(newest.number))
-        offers = {
-            device: Offer(
-                run=self._name,
-                round=number,
-                nonce=self._run.nonce,
-                deadline_s=plan.deadline_s,
-                target_s=plan.target_s,
-                spec=self._run.spec,
-                versions=chain,
-                candidates=candidates,
-                chunk_bytes=self._terms.chunk_bytes,
-                window=self._terms.window,
-            )
-            for device, candidates in sorted(plan.candidates.items())
-        }
+    def _draft(self, builds_on: int) -> Draft | None:
+        """Offers for whoever is free; None: nobody is, or there is nothing to offer for a while."""
+        at_work = len(self.participations.awaited()) if self._buffered else 0
+        places = self._offering.places(at_work)
+        free = self._offering.free(self._row.number) if places > 0 else []
+        if not free:
+            return None
+        draft = self._offering.draft(self._row.number, builds_on, free, places)
+        if draft is None:
+            self._not_before = self._clock.monotonic() + _LEAST_REST_S
+        return draft
+
+    def _open(self, draft: Draft, builds_on: int) -> None:
+        number, wall, terms = self._row.number, self._clock.wall(), self._terms
         with self._store.transaction():
             self._move(
                 state="open",
-                builds_on=newest.number,
-                deadline_s=plan.deadline_s,
+                builds_on=builds_on,
+                deadline_s=draft.deadline_s,
                 wait_s=self._row.wait_s,
+                selection=terms.selection.name,
+                schedule=terms.schedule.name,
+                wanted=draft.wanted,
+                quorum=terms.schedule.quorum(terms.quorum, draft.wanted),
                 opened_at=wall,
             )
-            for device, offer in offers.items():
-                self._store.add_participation(
-                    ParticipationRow(self._name, number, device, "offered", to_json(offer), wall)
-                )
+            self.participations.add(draft.offers, wall)
+        reached("round.open")
         self._port.emit(
             "round.opened",
             round=number,
-            rounds=self._terms.total,
-            version=newest.number,
-            devices=sorted(offers),
-            deadline_s=plan.deadline_s,
+            rounds=terms.total,
+            version=builds_on,
+            devices=sorted(draft.offers),
+            wanted=draft.wanted,
+            quorum=self._row.quorum,
+            deadline_s=draft.deadline_s,
         )
         self._port.position_changed()
-        for device, offer in offers.items():
+        self._send(draft)
+        reached("round.offered")
+
+    def _send(self, draft: Draft) -> None:
+        for device, offer in draft.offers.items():
             self._port.send_offer(device, offer)
 
     def _close_if_done(self) -> bool:
-        row, taking_part = self._row, self.participations.present()
-        left = [one for one in taking_part if one.state not in DONE]
-        if left and row.deadline_s is not None and row.open_s < row.deadline_s:
-            return False
-        received = [one for one in taking_part if one.state == "received"]
+        if self._buffered:
+            self._patience.look()
+            if self._clock.monotonic() >= self._not_before:
+                self._offer_more()
+        why = self._terms.schedule.closes(self.participations.standing(self._buffered))
+        if why is not None:
+            self._close(why)
+        return why is not None
+
+    def _offer_more(self) -> None:
+        draft = self._draft(self._built_on())
+        if draft is not None:
+            with self._store.transaction():
+                self.participations.add(draft.offers, self._clock.wall())
+            self._send(draft)
+
+    def _close(self, why: ClosedBy) -> None:
+        row, terms = self._row, self._terms
         with self._store.transaction():
-            for one in left:
-                self._store.set_participation(self._name, row.number, one.device, state="missed")
-            for one in received:
-                self._store.set_participation(
-                    self._name, row.number, one.device, counts_in=row.number, staleness=0, weight=1.0
-                )
+            counted = self.participations.count(self._built_on())
+            missed: list[ParticipationRow] = []
+            if not terms.merge_late or row.number >= terms.total:
+                missed = self.participations.give_up()
             self._move(
                 state="merging",
                 open_s=row.open_s,
+                closed_by=why,
                 closed_at=self._clock.wall(),
-                **critical_path(received),
+                **critical_path([one for one in counted if one.round == row.number]),
             )
-            self._fleet.learn(self.participations.present(), row.open_s)
+            late = [one for one in counted if one.round != row.number]
+            present = self._store.participations(self._name, row.number)
+            self._fleet.learn([*present, *late], row.open_s)
+        reached("round.closed")
         self._port.emit(
             "round.closed",
             round=row.number,
-            received=[one.device for one in received],
-            missed=[one.device for one in left],
+            closed_by=why,
+            received=[one.device for one in counted if one.round == row.number],
+            late=[one.device for one in late],
+            missed=[one.device for one in missed],
+            awaited=[one.device for one in self.participations.awaited()],
             open_s=row.open_s,
         )
-        self._port.round_closed([one.device for one in left])
-        return True
+        self._port.given_up([one.device for one in missed])
 
     def _merge(self) -> bool:
         row, began = self._row, self._clock.monotonic()
-        received = [one for one in self.participations.present() if one.state == "received"]
+        reached("merge.begun")
+        received = self.participations.counted(row.number)
         if row.number > 0 and not received:
             self._close_empty()
             return True
@@ -298,6 +316,7 @@ class Rounds:
                 )
                 self._close_empty()
                 return True
+        reached("version.durable")
         wall = self._clock.wall()
         version = VersionRow(
             self._name, number, row.number, made.object, made.bytes, made.parent, "global", wall,
@@ -307,6 +326,7 @@ class Rounds:
             version = replace(version, utilities=self._port.utilities(chain, version, received))
         with self._store.transaction():
             self._store.add_version(version)
+            tell_who_is_too_old = self._patience.too_old(number - self._terms.max_staleness)
             self._move(
                 state="evaluating",
                 version=number,
@@ -314,6 +334,7 @@ class Rounds:
                 merge_s=self._clock.monotonic() - began,
                 merged_at=wall,
             )
+        reached("version.stored")
         self._port.emit(
             "version.made",
             version=number,
@@ -324,6 +345,8 @@ class Rounds:
             seconds=self._row.merge_s,
         )
         self._port.position_changed()
+        tell_who_is_too_old()
+        reached("version.told")
         return True
 
     def _built_on(self) -> int:
@@ -349,6 +372,7 @@ class Rounds:
             return True
         self._evaluating, self._evaluation_began = True, self._clock.monotonic()
         self._port.evaluate(self.chain(row.version))
+        reached("evaluation.begun")
         return False
 
     def _next(self) -> bool:
@@ -357,15 +381,18 @@ class Rounds:
             run = self._store.run(self._name)
             if run is not None and not run.finished:
                 self._store.set_run(self._name, finished=True)
+                reached("run.finished")
                 self._port.round_over()
                 self._port.emit("run.finished", rounds=self._row.number, version=self._row.version)
                 self._port.position_changed()
             return False
         row = RoundRow(self._name, self._row.number + 1, "waiting")
         self._store.add_round(row)
-        self._port.round_over()
+        reached("round.next")
         rest = self._rest_s() if self._row.outcome == "empty" else 0.0
         self._row = row
+        self._port.round_over()
+        reached("round.swept")
         self._not_before = self._clock.monotonic() + rest
         return True
 
@@ -373,15 +400,11 @@ class Rounds:
 
     def _rest_s(self) -> float:
         """Seconds to wait after rounds in which nobody delivered, so that they do not chase one another."""
-        empty = 0
-        for row in reversed(self._store.rounds(self._name)):
-            if row.state == "closed" and row.outcome == "empty":
-                empty += 1
-            elif row.state == "closed":
-                break
+        empty = empty_in_a_row(self._store.rounds(self._name))
         return min(_MOST_REST_S, _LEAST_REST_S * 2.0 ** min(empty - 1, 16)) if empty else 0.0
 
     def _emit_closed(self) -> None:
+        reached("round.done")
         row = self._row
         if row.number == 0:
             return
@@ -411,3 +434,9 @@ class Rounds:
         if self._row.state == "open" and now - self._saved >= _SAVE_S:
             self._saved = now
             self._store.set_round(self._name, self._row.number, open_s=self._row.open_s)
+
+
+def _found(reply: Evaluated | Failed | Died) -> dict[str, Any]:
+    """What an evaluation found, by the names of a version's columns."""
+    names = ("accuracy", "loss", "examples", "f1", "perplexity", "tokens")
+    return {name: getattr(reply, name) for name in names} if isinstance(reply, Evaluated) else {}

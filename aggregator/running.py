@@ -17,8 +17,9 @@ from aggregator.participations import deepest_of
 from aggregator.planner.plan import RoundPlan, plan_round
 from aggregator.planner.utility import layer_utilities, read_utilities, write_utilities
 from aggregator.reception import Reception
-from aggregator.round_port import Made, Terms
+from aggregator.round_port import Made
 from aggregator.rounds import Rounds
+from aggregator.scheduling.terms import terms_of
 from aggregator.state.base import ParticipationRow, Store, VersionRow
 from aggregator.state.folder import StateFolder
 from aggregator.transfers import Downloads, Ledger, Uploads
@@ -91,14 +92,7 @@ class Running:
             server_optimizer=method.server_optimizer,
             full_every=config.merge.full_every,
         )
-        terms = Terms(
-            total=config.rounds.total,
-            min_devices=config.rounds.min_devices,
-            evaluate_every=None if config.evaluation is None else config.evaluation.every,
-            chunk_bytes=config.transfer.chunk_kib * 1024,
-            window=config.transfer.window,
-        )
-        self.rounds = Rounds(store, run, terms, self.fleet, self, clock)
+        self.rounds = Rounds(store, run, terms_of(config, method), self.fleet, self, clock)
         self.uploads = Uploads(namespace, folder.partials, objects, self.ledger, self._say)
         self.downloads = Downloads(namespace, objects, self.ledger, self._version_of, self._send_frame)
         self.intake = Intake(
@@ -148,9 +142,8 @@ class Running:
         if not self._server.publish(self._topics.run, encode(self.run), retain=True):
             return
         self.position_changed()
-        for row in self.rounds.participations.present():
-            if row.state == "offered":
-                self.rounds.offer_again(row.device)
+        for row in self.rounds.participations.awaited():  # after an outage, the time that is left is news
+            self.rounds.offer_again(row.device)
 
     def lost(self) -> None:
         """The connection is gone: nobody is known to be there, and nothing is under way."""
@@ -250,11 +243,11 @@ class Running:
     def position_changed(self) -> None:
         self._server.publish(self._topics.aggregator, encode(self.state(ready=True)), retain=True)
 
-    def round_closed(self, missed: Sequence[str]) -> None:
-        self.intake.on_missed(list(missed))
+    def given_up(self, devices: Sequence[str]) -> None:
+        self.intake.on_missed(list(devices))
 
     def round_over(self) -> None:
-        self.uploads.keep_only(set())
+        self.uploads.keep_only({row.device for row in self.rounds.participations.awaited()})
         self._objects.sweep(self._store.objects())
         self.save()
 

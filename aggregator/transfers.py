@@ -12,6 +12,7 @@ import msgspec
 
 from aggregator.state.base import Store, VersionRow
 from edge_sdk.errors import ProtocolError, StateError
+from edge_sdk.faults import reached
 from edge_sdk.protocol.base import Record
 from edge_sdk.protocol.frames import HEADER_BYTES, Chunk, transfer_id
 from edge_sdk.protocol.wire import Announce, Have
@@ -109,6 +110,7 @@ class Uploads:
             return False
         size = len(chunk.payload)
         new = upload.receiver.accept(chunk)
+        reached("chunk.durable")
         self._ledger.add(device, bytes_up=size, chunks_up=1, duplicate_bytes=0 if new else size)
         upload.told = False
         return True

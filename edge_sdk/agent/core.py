@@ -368,7 +368,7 @@ class Core:
         self._occasion("connect" if reachable else "disconnect")
 
     def _report(self) -> None:
-        self.standing.report(self.aggregator)
+        self.standing.report()
 
     def _patience(self, now: float) -> float | None:
         if self._give_up_s is None or self._down_since is None:

@@ -60,15 +60,14 @@ class Rounds:
         """On this boot's monotonic clock."""
         return None if self.row is None else self.row.received + self.row.offer.deadline_s
 
-    def position(self, present: int) -> RoundPosition | None:
-        """Where this device stands, for its status.
+    def position(self) -> RoundPosition | None:
+        """Where this device stands, for its status, be it in a round that is over: its update may be late.
 
-        A round or an update earlier than ``present`` is no place in it: who says None is offered again what
-        it may have missed.
+        Who says None, or an earlier round, is offered again what it may have missed.
         """
-        if self.row is not None and self.state != "idle" and self.row.round >= present:
+        if self.row is not None and self.state != "idle":
             return RoundPosition(round=self.row.round, state=self.state)
-        items = [item for item in self._uploads.items if item.announce.round >= present]
+        items = self._uploads.items
         return RoundPosition(round=items[-1].announce.round, state=items[-1].state) if items else None
 
     def load(self) -> None:

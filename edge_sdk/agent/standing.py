@@ -46,13 +46,12 @@ class Standing:
         context = self._context
         context.publish(context.topics.presence(context.device), self.presence(online), retain=True)
 
-    def report(self, aggregator: AggregatorState | None) -> None:
+    def report(self) -> None:
         """Says the status as of now, where somebody hears it."""
         context = self._context
         self._due = context.clock.monotonic() + self._about(_REPEAT_S)
         self._was_idle = self._rounds.state == "idle"
-        present = 0 if aggregator is None else aggregator.round
-        status = status_record(context, self._joining, self._rounds.position(present))
+        status = status_record(context, self._joining, self._rounds.position())
         if status is not None and context.say(status):
             reached("status.said")
             context.emit(
@@ -67,13 +66,13 @@ class Standing:
         if self._rounds.state != "idle":
             self._was_idle = False
         elif not self._was_idle:
-            self.report(aggregator)
+            self.report()
         if aggregator.round > self._round and context.record.round(context.nonce, aggregator.round) is None:
             self._due = min(self._due, now + self._about(_REPEAT_S / 10))
         self._round = aggregator.round
         if now >= self._due:
             self.be_present()
-            self.report(aggregator)
+            self.report()
         return self._due
 
     def _about(self, seconds: float) -> float:

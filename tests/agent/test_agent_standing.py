@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from edge_sdk.errors import BrokerError
 from edge_sdk.protocol.frames import decode_chunk, encode_chunk, transfer_id
-from edge_sdk.protocol.wire import Have, Presence, Status
+from edge_sdk.protocol.wire import Have, Presence, RoundPosition, Status
 
 
 @pytest.fixture
@@ -61,12 +61,16 @@ def test_a_round_without_an_offer_is_asked_for(world: World) -> None:
     assert len(world.aggregator.got(Status)) == before
 
 
-def test_work_on_an_older_round_is_no_place_in_this_one(world: World) -> None:
+def test_work_on_an_older_round_is_told(world: World) -> None:
+    """The aggregator awaits it: late, it counts in a later round."""
     world.trainer.auto = False
     joined(world, round=1)
+    assert world.core.rounds.position() is None
     world.aggregator.offer()
     world.settle()
-    assert world.core.rounds.position(1) is not None and world.core.rounds.position(2) is None
+    world.aggregator.state(round=2)
+    world.settle()
+    assert world.core.rounds.position() == RoundPosition(round=1, state="training")
 
 
 def final(world: World, **state: object) -> None:

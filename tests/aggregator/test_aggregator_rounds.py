@@ -153,7 +153,7 @@ def test_who_joins_in_the_middle_waits_for_the_next_round(world: World) -> None:
 
 
 def test_deadline_closes_without_the_late_one_and_its_update_is_owed(world: World) -> None:
-    world.open(rounds=replace(world.config.rounds, min_devices=2, deadline_s=100.0))
+    world.open(rounds=replace(world.config.rounds, min_devices=2, deadline_s=100.0, late="refuse"))
     slow = world.device("slow", until="announce")
     world.device("fast")
     world.pump()

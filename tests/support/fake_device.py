@@ -52,6 +52,7 @@ from edge_sdk.protocol.wire import (
     Presence,
     Receipt,
     Refusal,
+    RoundPosition,
     Run,
     Status,
     VersionRef,
@@ -214,6 +215,7 @@ class FakeDevice:
         self.receiver: ObjectReceiver | None = None
         self.offer: Offer | None = None
         self.announce: Announce | None = None
+        self.working = False
         self.holds: set[int] = set()
         self.receipts: list[Receipt] = []
         self.refusals: list[Refusal] = []
@@ -250,8 +252,18 @@ class FakeDevice:
             link=Link(),
             holds=tuple(sorted(self.holds)),
             limits=self.limits,
+            position=self.position,
         )
         self.say(replace(status, **changes))
+
+    @property
+    def position(self) -> RoundPosition | None:
+        """Where it stands: it keeps an offer until the update is receipted or refused, or it declines."""
+        if self.announce is not None:
+            return RoundPosition(round=self.announce.round, state="sending")
+        return (
+            RoundPosition(round=self.offer.round, state="training") if self.working and self.offer else None
+        )
 
     def say(self, record: Any) -> None:
         self.transport.publish(TOPICS.control(self.name), encode(record))
@@ -300,6 +312,7 @@ class FakeDevice:
                 self.receipts.append(record)
                 if self.announce is not None and record.object == self.announce.object:
                     self.announce = self.sender = None
+                    self.working = False
             case Refusal():
                 self.refusals.append(record)
                 if record.reason == "storage":
@@ -319,10 +332,11 @@ class FakeDevice:
             if self.receiver is not None:  # what it asked for may not have been heard
                 self.say(self.receiver.have(self.name, 4))
             return
-        self.offer = offer
+        self.offer, self.working = offer, True
         if self.until == "offer":
             return
         if self.decline is not None:
+            self.working = False
             self.say(
                 Decline(device=self.name, run=offer.run, round=offer.round, reason="memory", message="no")
             )
