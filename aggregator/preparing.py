@@ -16,6 +16,7 @@ from edge_sdk.clock import Clock
 from edge_sdk.config.run import MergeSection, RunConfig
 from edge_sdk.data.base_files import find_base, fingerprint_of
 from edge_sdk.errors import BaseModelError, FingerprintError, StateError
+from edge_sdk.faults import reached
 from edge_sdk.protocol.model import Fingerprint, LoraShape, ModelShape
 from edge_sdk.protocol.trainer import Described, Died, Failed
 from edge_sdk.protocol.wire import Run, encode
@@ -84,6 +85,7 @@ def begin_run(
         run = make_run(config, method, reply.shape, known or run_fingerprint(config, base, cache))
         encode(run)  # too large a record is the operator's to know before anything is written
         store.add_run(_row(run, config, base, clock.wall()))
+        reached("run.made")
         done(run, base)
 
     evaluator.describe(setup_of(config, method.spec(config), wanted), described)

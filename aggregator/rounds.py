@@ -250,19 +250,23 @@ class Rounds:
     def _close_if_done(self) -> bool:
         if self._buffered:
             self._patience.look()
-            if self._clock.monotonic() >= self._not_before:
-                self._offer_more()
-        why = self._terms.schedule.closes(self.participations.standing(self._buffered))
+        closes, standing = self._terms.schedule.closes, self.participations.standing
+        why = closes(standing(self._buffered))
+        if self._buffered and why in (None, "all") and self._offer_more():
+            why = closes(standing(True))
         if why is not None:
             self._close(why)
         return why is not None
 
-    def _offer_more(self) -> None:
-        draft = self._draft(self._built_on())
+    def _offer_more(self) -> bool:
+        """Whoever became free gets work; whether there was anybody."""
+        rests = self._clock.monotonic() < self._not_before
+        draft = None if rests else self._draft(self._built_on())
         if draft is not None:
             with self._store.transaction():
                 self.participations.add(draft.offers, self._clock.wall())
             self._send(draft)
+        return draft is not None
 
     def _close(self, why: ClosedBy) -> None:
         row, terms = self._row, self._terms

@@ -47,7 +47,7 @@ class Schedule(Protocol):
         ...
 
     def closes(self, standing: Standing) -> ClosedBy | None:
-        """Why an open round closes now; None: it stays open. Asked after whoever is free was offered work."""
+        """Why an open round closes now; None: it stays open."""
         ...
 
 

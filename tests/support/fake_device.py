@@ -203,6 +203,8 @@ class FakeDevice:
     """What training adds to every value."""
     frames_left: int | None = None
     """Chunks that may still go out; None: any number."""
+    updates_left: int | None = None
+    """Updates that may still be announced; None: any number. What is more is held back."""
 
     def __post_init__(self) -> None:
         self.inbox: deque[Inbound | Connection] = deque()
@@ -270,6 +272,8 @@ class FakeDevice:
 
     def send_announce(self) -> None:
         assert self.announce is not None
+        if self.updates_left:
+            self.updates_left -= 1
         self.say(self.announce)
 
     # What it does by itself
@@ -442,7 +446,7 @@ class FakeDevice:
 
     def _train(self) -> None:
         self.prepare(self.make_update())
-        if self.until != "announce":
+        if self.until != "announce" and self.updates_left != 0:
             self.send_announce()
 
     def _send_frames(self) -> bool:
