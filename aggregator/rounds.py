@@ -25,7 +25,7 @@ from aggregator.round_port import RoundsPort
 from aggregator.scheduling.offering import Draft, Offering
 from aggregator.scheduling.patience import Patience
 from aggregator.scheduling.terms import Terms
-from aggregator.state.base import ClosedBy, ParticipationRow, RoundRow, Store, VersionRow
+from aggregator.state.base import AWAITED, ClosedBy, ParticipationRow, RoundRow, Store, VersionRow
 from edge_sdk.clock import Clock
 from edge_sdk.errors import ContainerError, StateError
 from edge_sdk.faults import reached
@@ -283,7 +283,12 @@ class Rounds:
                 **critical_path([one for one in counted if one.round == row.number]),
             )
             late = [one for one in counted if one.round != row.number]
-            present = self._store.participations(self._name, row.number)
+            # Who was too slow for the deadline is slow, whatever becomes of its update.
+            slow = why == "deadline" and not self._buffered
+            present = [
+                replace(one, state="missed") if slow and one.state in AWAITED else one
+                for one in self._store.participations(self._name, row.number)
+            ]
             self._fleet.learn([*present, *late], row.open_s)
         reached("round.closed")
         self._port.emit(

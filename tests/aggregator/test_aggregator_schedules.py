@@ -38,9 +38,9 @@ def moved(world: World, number: int) -> float:
     """How far a version is from the one before it: every fake device moves every value alike."""
     adapters = []
     for one in (number - 1, number):
-        version = store_of(world).version("demo", one)
-        assert version is not None and world.server is not None
-        adapters.append(read_adapter([world.server._objects.path(version.object)]))
+        assert world.server is not None
+        chain = rounds_of(world).chain(one)
+        adapters.append(read_adapter([world.server._objects.path(version.object) for version in chain]))
     return float(np.mean([np.mean(adapters[1][key] - rows) for key, rows in adapters[0].items()]))
 
 
