@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import sys
 import threading
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.kept import Kept, digest
 from benchmarks.processes import measure
 from benchmarks.results import Claim, at_most, write_result
 from examples.docstring_tasks import Task, area_task, word_order_task, write_jsonl
@@ -37,7 +37,7 @@ def main() -> None:
     if given.quick:
         config.update(steps=12, seeds=[0, 1], resamples=1000)
     WORK.mkdir(parents=True, exist_ok=True)
-    kept = Kept(WORK / f"rows-{_digest(config)}.jsonl", given.fresh)
+    kept = Kept(WORK / f"rows-{_digest(config)}.jsonl", _key, fresh=given.fresh)
     wanted = [
         {"task": task, "arm": arm, "seed": seed}
         for seed in config["seeds"]
@@ -65,36 +65,14 @@ def main() -> None:
     write_result(FOLDER, config, kept.rows, claims)
 
 
-class Kept:
-    """The trainings that are done, a line each: an interrupted benchmark goes on where it was."""
-
-    def __init__(self, path: Path, fresh: bool) -> None:
-        self._path = path
-        self._lock = threading.Lock()
-        if fresh:
-            path.unlink(missing_ok=True)
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
-
-    def has(self, one: dict[str, Any]) -> bool:
-        return any(_key(row) == _key(one) for row in self.rows)
-
-    def add(self, row: dict[str, Any]) -> int:
-        with self._lock, self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-            self.rows.append(row)
-            self.rows.sort(key=_key)
-            return len(self.rows)
-
-
-def _key(row: dict[str, Any]) -> tuple[str, str, int]:
+def _key(row: Mapping[str, Any]) -> tuple[str, str, int]:
     return row["task"], row["arm"]["name"], row["seed"]
 
 
 def _digest(config: dict[str, Any]) -> str:
     """Trainings of another config are other trainings; seeds, resamples and bounds do not matter to one."""
     core = {k: v for k, v in config.items() if k not in ("seeds", "resamples", "processes", "comparisons")}
-    return hashlib.sha256(json.dumps(core, sort_keys=True).encode()).hexdigest()[:12]
+    return digest(core)
 
 
 def _train_all(chosen: list[dict[str, Any]], config: dict[str, Any], kept: Kept) -> None:
