@@ -221,7 +221,7 @@ def test_what_failed_last_of_all_is_not_offered_again() -> None:
 def test_lessons_keep_what_is_recommended_what_is_chosen() -> None:
     """Whatever was learned, a device with its own, uncorrected figures takes what is recommended."""
     random_ = random.Random(8)
-    for _ in range(150):
+    for _ in range(80):
         status = a_status(
             fit=a_fit(random_.uniform(0.2, 4), quantize=random_.uniform(0, 0.04)),
             budget_mb=random_.uniform(30, 300), up_bps=random_.choice([None, random_.uniform(1e4, 1e7)]),
