@@ -77,15 +77,22 @@ def versions() -> Versions:
     from edge_sdk.training.lean import keep_lean
 
     keep_lean()  # as the trainer does
-    for name in ("transformers", "peft"):
+    for name in ("transformers", "safetensors.torch"):
         importlib.import_module(name)
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return Versions(
         torch=str(torch.__version__),
-        others={name: importlib.metadata.version(name) for name in _OTHERS},
+        others={name: version for name in _OTHERS if (version := _version(name))},
         cuda=torch.version.cuda,
         gpus=tuple(torch.cuda.get_device_name(i) for i in range(found)),
     )
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def kernel(device: str) -> Kernel:

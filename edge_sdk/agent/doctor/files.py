@@ -92,9 +92,9 @@ def _base(config: AgentConfig) -> Finding:
     except BaseModelError as error:
         if not Path(wanted).is_absolute():
             return Finding(
-                id="base", level="note",
-                text=f'the base "{wanted}" is not on this disk; the trainer will fetch it once, at its first '
-                "run",
+                id="base", level="warning",
+                text=f'base.path "{wanted}" is no folder and not in the cache: it is taken for a hub id, and '
+                "fetched when a run begins",
                 fix=error.hint,
             )  # fmt: skip
         return of_error("base", error)

@@ -27,7 +27,7 @@ from edge_sdk.protocol.checkup import (
 __all__ = ["training_findings"]
 
 _NEEDED_MB = 400
-"""What the checkup takes: torch, transformers and peft imported, 330 MB on x86-64."""
+"""What the checkup takes: 254 MB with a torch for the processor alone; more with CUDA."""
 _EXTRA = "pip install 'edge-sdk[train]'"
 
 Checkup = Callable[[str], Sequence[CheckupLine]]
@@ -40,7 +40,7 @@ def training_findings(
     checkup: Checkup = run_checkup,
     is_there: Callable[[str], object | None] = importlib.util.find_spec,
 ) -> Iterator[Finding]:
-    missing = [name for name in ("torch", "transformers", "peft") if is_there(name) is None]
+    missing = [name for name in ("torch", "transformers", "safetensors") if is_there(name) is None]
     if missing:
         yield Finding(
             id="torch", level="error",
@@ -112,7 +112,7 @@ def _accounting(line: Accounting) -> Iterator[Finding]:
             id="memory-limit", level="warning",
             text=f"this kernel does not hold a process to a limit: {line.no_limit}; limits.memory_mb is "
             "compared with what was used after each step only",
-            fix="install tcmalloc (Debian: libtcmalloc-minimal4), which limits itself, or limit a control group",
+            fix="install tcmalloc (Debian: libtcmalloc-minimal4), which limits itself",
         )  # fmt: skip
     else:
         yield Finding(id="memory-limit", level="ok", text="the kernel holds the trainer to limits.memory_mb")
@@ -195,7 +195,7 @@ def _failed(line: StepFailed, trainer: TrainerSection) -> Finding:
     else:
         fix = fixes.get(step, "ask again; where it stays, report it with this text")
     whats = {
-        "versions": "torch, transformers and peft cannot be imported",
+        "versions": "torch and transformers cannot be imported",
         "kernel": f"a kernel failed{where}",
         "start": "the check of training did not begin",
     }
