@@ -84,7 +84,7 @@ class Decoding(Record, frozen=True, kw_only=True, tag="decoding"):
 
 CheckupLine = Begun | StepFailed | Accounting | Versions | Kernel | Packing | Decoding
 
-_DECODER = msgspec.json.Decoder(CheckupLine)
+_DECODER: msgspec.json.Decoder[CheckupLine] = msgspec.json.Decoder(CheckupLine)
 
 
 def decode_line(line: bytes) -> CheckupLine:
