@@ -35,9 +35,6 @@ MORE_MEMORY = 1.1
 _LEAST_SLOWER, _MOST_SLOWER = 1.25, 2.0
 """By what a device counts as slower that did not deliver: all that is known is that it takes longer."""
 
-_LATE = ("chosen", "sending", "missed")
-"""States at a round's end of those who took part and did not deliver."""
-
 Ratio = Annotated[float, msgspec.Meta(ge=0.25, le=8.0)]
 
 
@@ -136,7 +133,7 @@ class Lessons(Record, frozen=True, kw_only=True):
         if row.state == "received" and row.announce is not None:
             announce = msgspec.json.decode(row.announce, type=Announce)
             return learned._measured(announce, run, status, offer.target_s, row.upload_s)
-        if row.state in _LATE and online and open_s > taken.seconds:
+        if row.state == "missed" and online and open_s > taken.seconds:
             slower = min(max(open_s / max(taken.seconds, 1e-9), _LEAST_SLOWER), _MOST_SLOWER)
             return msgspec.structs.replace(
                 learned,
