@@ -12,19 +12,22 @@ import numpy as np
 
 from aggregator.merging.base import Contribution, MergeRule, Sizes
 from aggregator.merging.streaming import Merge
+from aggregator.norms import Norms, NormsOf
 from aggregator.round_port import Made
 from aggregator.server_optimizers.base import ServerOptimizer
 from aggregator.server_optimizers.keeping import Stepping
 from aggregator.state.base import ParticipationRow, VersionRow
 from aggregator.validation import refuse
 from edge_sdk.errors import EdgeError
+from edge_sdk.protocol.container import ContainerHeader
 from edge_sdk.protocol.wire import Announce, Refusal, Run
 from edge_sdk.transport.objects import ObjectStore
 from edge_sdk.updates.codecs import Floats
 from edge_sdk.updates.container import Container, Forms, read_container, rows_of
 from edge_sdk.updates.initial import initial_adapter, initial_slots
 from edge_sdk.updates.keys import check_shape, layer_of
-from edge_sdk.updates.versions import VersionChain, VersionWriter, delta_is_smaller
+from edge_sdk.updates.versions import VersionChain, VersionWriter, version_header
+from edge_sdk.updates.writer import file_bytes
 
 __all__ = ["Adapters", "layer_changes"]
 
@@ -69,7 +72,7 @@ class Adapters:
         adapter = initial_adapter(self._run.shape, self._run.lora, self._seed)
         sizes = {key: (rows.shape[0], rows.shape[1]) for key, rows in adapter.items()}
         path = self._folder / "version-0.safetensors"
-        with self._writer(path, sizes, 0, 0, None) as writer:
+        with VersionWriter(path, self._header(sizes, 0, 0)) as writer:
             for key, rows in adapter.items():
                 writer.write(key, None, rows)
         return Made(*self._objects.adopt(path))
@@ -95,20 +98,17 @@ class Adapters:
         ]
         merge = Merge(self._rule, before, contributions, self._fresh(number))
         whole = {**before.sizes, **merge.sizes}
-        parent = None
-        if (
-            len(chain) < self._full_every
-            and whole.keys() == before.sizes.keys()
-            and all(whole[key] == size for key, size in before.sizes.items())
-            and delta_is_smaller(whole, merge.sizes)
-        ):
-            parent = before.number
+        header = self._header(whole, round, number)
+        if whole == dict(before.sizes) and len(chain) < self._full_every:
+            delta = self._header(merge.sizes, round, number, before.number)
+            header = min(header, delta, key=file_bytes)
+        parent = header.builds_on
         path = self._folder / f"version-{number}.safetensors"
         norms = _LayerNorms(self._run.shape.layers)
         stepping = self._stepping(whole, chain[-1], round, number)
         with (
             stepping or nullcontext(),
-            self._writer(path, merge.sizes if parent is not None else whole, round, number, parent) as writer,
+            VersionWriter(path, header) as writer,
         ):
             for key, was, becomes in merge.parts():
                 if stepping is not None and was is not None:
@@ -126,9 +126,10 @@ class Adapters:
             digest, size, parent, msgspec.json.encode(states).decode() if states else None, norms.result()
         )
 
-    def check(self, path: Path, announce: Announce, chain: Sequence[VersionRow]) -> Refusal | None:
+    def check(self, path: Path, announce: Announce, chain: Sequence[VersionRow]) -> Refusal | Norms:
         """Whether a complete container is what its announce said, fits the run and its merge rule, and leads
-        to values that a version can hold. ``chain`` leads to the version that it builds on.
+        to values that a version can hold: how large its changes are. ``chain`` leads to the version that it
+        builds on. A part of each is in memory at a time.
         """
         run = self._run
         try:
@@ -156,7 +157,8 @@ class Adapters:
 
     def _check_values(
         self, container: Container, announce: Announce, current: VersionChain
-    ) -> Refusal | None:
+    ) -> Refusal | Norms:
+        norms = NormsOf()
         for key, part in sorted(container.parts.items()):
             try:
                 change = container.tensor(key)
@@ -174,7 +176,8 @@ class Adapters:
                         f"part {key!r} {what} {largest:.3g}; at most {most:g} can be taken",
                         "training has diverged: lower the learning rates",
                     )
-        return None
+            norms.add(key, change)
+        return norms.result()
 
     def _read(self, chain: Sequence[VersionRow]) -> VersionChain:
         return VersionChain([self._objects.path(version.object) for version in chain], forms=self._forms)
@@ -197,9 +200,8 @@ class Adapters:
             fingerprint=self._run.fingerprint.digest,
         )
 
-    def _writer(self, path: Path, sizes: Sizes, round: int, number: int, parent: int | None) -> VersionWriter:
-        return VersionWriter(
-            path,
+    def _header(self, sizes: Sizes, round: int, number: int, parent: int | None = None) -> ContainerHeader:
+        return version_header(
             sizes,
             run=self._run.run,
             round=round,
@@ -217,7 +219,7 @@ class _LayerNorms:
 
     def add(self, key: str, before: Floats | None, after: Floats) -> None:
         layer = layer_of(key)
-        if layer is not None:
+        if layer is not None and not key.startswith("fold."):
             change = after.astype(np.float64) if before is None else after.astype(np.float64) - before
             self._squares[layer] += float(np.square(change).sum())
 

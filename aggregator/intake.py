@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from aggregator.fleet import Fleet
+from aggregator.norms import Norms
 from aggregator.rounds import Rounds
 from aggregator.state.base import AWAITED, ParticipationRow, Store
 from aggregator.storage import NoRoomError, out_of_room
@@ -33,7 +34,7 @@ class Intake:
     """From an announce to a receipt or a refusal.
 
     Args:
-        check: judges a complete container; gives a Refusal, or None.
+        check: judges a complete container; gives a Refusal, or how large its changes are.
         send: hands a record to a device.
         emit: tells what happened.
     """
@@ -50,7 +51,7 @@ class Intake:
         *,
         limit_bytes: int,
         window: int,
-        check: Callable[[Path, Announce], Refusal | None],
+        check: Callable[[Path, Announce], Refusal | Norms],
         send: Callable[[str, Record], bool],
         emit: Callable[..., None],
     ) -> None:
@@ -193,18 +194,20 @@ class Intake:
     def _judge(self, announce: Announce, path: Path, duplicate_bytes: int, upload_s: float | None) -> None:
         """The object is durable, and nobody was told: it is stored and receipted, or refused and removed."""
         row = self._rounds.participations.find(announce.round, announce.device)
-        refusal = check_announce(announce, self._claim(row, announce)) or self._check(path, announce)
-        if refusal is not None:
-            self._rounds.participations.on_refused(announce, refusal)
+        judged = check_announce(announce, self._claim(row, announce)) or self._check(path, announce)
+        if isinstance(judged, Refusal):
+            self._rounds.participations.on_refused(announce, judged)
             if announce.object not in self._store.objects():
                 self._objects.remove(announce.object)
-            self._refuse(refusal)
+            self._refuse(judged)
             return
         reached("update.durable")
         late = self._rounds.is_late(announce.round)
         with self._store.transaction():
             self._ledger.save()
             receipt = self._rounds.participations.on_received(announce, duplicate_bytes, upload_s)
+            norms = msgspec.json.encode(judged).decode()
+            self._store.set_participation(announce.run, announce.round, announce.device, norms=norms)
         reached("update.counted")
         self._send(announce.device, receipt)
         reached("update.receipted")

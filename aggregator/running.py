@@ -13,6 +13,7 @@ from aggregator.evaluation import Evaluator, setup_of
 from aggregator.fleet import Fleet
 from aggregator.intake import Intake
 from aggregator.methods.base import Method
+from aggregator.norms import FleetNorms, Norms
 from aggregator.participations import deepest_of
 from aggregator.planner.plan import RoundPlan, plan_round
 from aggregator.planner.utility import layer_utilities, read_utilities, write_utilities
@@ -23,6 +24,7 @@ from aggregator.scheduling.terms import terms_of
 from aggregator.state.base import ParticipationRow, Store, VersionRow
 from aggregator.state.folder import StateFolder
 from aggregator.transfers import Downloads, Ledger, Uploads
+from aggregator.validation import refuse
 from edge_sdk.clock import Clock
 from edge_sdk.config.run import RunConfig
 from edge_sdk.protocol.base import Record
@@ -81,6 +83,7 @@ class Running:
         self._topics = Topics(config.broker.namespace)
         self._linger_until: float | None = None
         namespace = config.broker.namespace
+        self._norms = FleetNorms(store, run.run)
         self.ledger = Ledger(store, run.run, server.traffic)
         self.fleet = Fleet(store, run)
         self.adapters = Adapters(
@@ -256,8 +259,15 @@ class Running:
 
     # How
 
-    def _check(self, path: Path, announce: Announce) -> Refusal | None:
-        return self.adapters.check(path, announce, self.rounds.chain(announce.builds_on))
+    def _check(self, path: Path, announce: Announce) -> Refusal | Norms:
+        judged = self.adapters.check(path, announce, self.rounds.chain(announce.builds_on))
+        if isinstance(judged, Refusal):
+            return judged
+        too_large = self._norms.too_large(judged, announce.round)
+        if too_large is None:
+            return judged
+        hint = "see that the device's data and base model are whole, and lower the learning rates"
+        return refuse(announce, "norm", too_large, hint)
 
     def _version_of(self, digest: str) -> VersionRow | None:
         versions = self._store.versions(self.run.run)

@@ -254,9 +254,10 @@ class Receipt(Record, frozen=True, kw_only=True, tag="receipt"):
 
 RefusalReason = Literal[
     "protocol", "fingerprint", "identity", "run", "round", "version", "size", "corrupt", "shape",
-    "nonfinite", "samples", "storage", "duplicate",
+    "nonfinite", "norm", "samples", "storage", "duplicate",
 ]  # fmt: skip
-"""``duplicate``: another update of this device and round counts already; this one must never count."""
+"""``norm``: a change far larger than those of the fleet. ``duplicate``: another update of this device and
+round counts already; this one must never count."""
 
 
 class Refusal(Record, frozen=True, kw_only=True, tag="refusal"):

@@ -86,6 +86,13 @@ def _tensors(adapter: Adapter, shape: ModelShape, lora: LoraShape) -> dict[str, 
                 f"part {key!r} of the adapter must be {size[0]} x {size[1]}, "
                 f"received {'nothing' if found is None else ' x '.join(map(str, found))}"
             )
+    folded = sorted(key for key in adapter if key.startswith("fold."))
+    if folded:
+        raise ContainerError(
+            f"the version has {len(folded)} parts folded into the base, {folded[0]!r} the first, "
+            f"for which a PEFT adapter of rank {lora.rank} has no room",
+            "export a version of a run whose merge rule folds nothing",
+        )
     tensors: dict[str, Floats] = {}
     for layer in range(shape.layers):
         for key in lora_keys(shape, layer):

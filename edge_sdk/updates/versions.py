@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from edge_sdk.errors import ContainerError
-from edge_sdk.protocol.container import CODEC_FORMS
+from edge_sdk.protocol.container import ContainerHeader
 from edge_sdk.updates.codecs import Floats
 from edge_sdk.updates.container import (
     Container,
@@ -24,8 +24,8 @@ __all__ = [
     "FULL_CODEC",
     "VersionChain",
     "VersionWriter",
-    "delta_is_smaller",
     "read_adapter",
+    "version_header",
     "write_version",
 ]
 
@@ -97,30 +97,30 @@ class VersionChain:
         self._held = header.version
 
 
-class VersionWriter:
-    """Writes a version part by part; what it hands back is what every reader decodes.
+def version_header(
+    sizes: Mapping[str, tuple[int, int]],
+    *,
+    run: str,
+    round: int,
+    number: int,
+    fingerprint: str,
+    parent: int | None = None,
+) -> ContainerHeader:
+    """The header of a version: a full one at 16 bits, or, with a ``parent``, a delta at 8.
 
-    Args:
-        sizes: of the parts that the file holds: all, or, of a delta, those that changed.
-        parent: number of the version that a delta builds on; None: a full version.
+    ``sizes``: of the parts that the file holds: all, or, of a delta, those that changed.
     """
+    return header_of(
+        "version", sizes, FULL_CODEC if parent is None else DELTA_CODEC,
+        run=run, round=round, fingerprint=fingerprint, version=number, builds_on=parent,
+    )  # fmt: skip
 
-    def __init__(
-        self,
-        path: Path,
-        sizes: Mapping[str, tuple[int, int]],
-        *,
-        run: str,
-        round: int,
-        number: int,
-        fingerprint: str,
-        parent: int | None = None,
-    ) -> None:
-        self._delta = parent is not None
-        header = header_of(
-            "version", sizes, DELTA_CODEC if self._delta else FULL_CODEC,
-            run=run, round=round, fingerprint=fingerprint, version=number, builds_on=parent,
-        )  # fmt: skip
+
+class VersionWriter:
+    """Writes a version part by part; what it hands back is what every reader decodes."""
+
+    def __init__(self, path: Path, header: ContainerHeader) -> None:
+        self._delta = header.builds_on is not None
         self._writer = ContainerWriter(path, header)
 
     def __enter__(self) -> VersionWriter:
@@ -138,13 +138,6 @@ class VersionWriter:
             raise ContainerError(f"a delta cannot bring the part {key!r}, which its parent has not")
         rows: Floats = before + self._writer.write(key, after - before)
         return rows
-
-
-def delta_is_smaller(whole: Mapping[str, tuple[int, int]], changed: Mapping[str, tuple[int, int]]) -> bool:
-    """Whether a delta of ``changed`` takes less room than a full version of ``whole``."""
-    full, delta = CODEC_FORMS[FULL_CODEC], CODEC_FORMS[DELTA_CODEC]
-    bytes_full = sum(full.payload_bytes(*size) for size in whole.values())
-    return sum(delta.payload_bytes(*size) for size in changed.values()) < bytes_full
 
 
 def write_version(

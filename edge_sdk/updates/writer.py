@@ -20,7 +20,7 @@ from edge_sdk.errors import ContainerError
 from edge_sdk.protocol.container import METADATA_KEY, CodecForm, ContainerHeader
 from edge_sdk.updates.codecs import Floats, codec_named
 
-__all__ = ["SCALE", "ContainerWriter"]
+__all__ = ["SCALE", "ContainerWriter", "file_bytes"]
 
 SCALE = ".scale"
 """Ends the name of the tensor that holds a part's scales."""
@@ -107,6 +107,13 @@ class ContainerWriter:
     def _give_up(self) -> None:
         os.close(self._descriptor)
         Path(self._name).unlink(missing_ok=True)
+
+
+def file_bytes(header: ContainerHeader) -> int:
+    """Size of the file that a container with this header is."""
+    form = codec_named(header.codec).form
+    index, _ = _plan(header, form)
+    return len(index) + sum(form.payload_bytes(part.rows, part.width) for part in header.parts)
 
 
 def _plan(header: ContainerHeader, form: CodecForm) -> tuple[bytes, dict[str, int]]:

@@ -15,9 +15,10 @@ from updates_fakes import FINGERPRINT, LORA, SHAPE
 from edge_sdk.errors import ContainerError, MechanismError
 from edge_sdk.protocol.container import METADATA_KEY
 from edge_sdk.updates.codecs import CODECS
-from edge_sdk.updates.container import header_for, read_container, write_container
+from edge_sdk.updates.container import Forms, header_for, read_container, write_container
 from edge_sdk.updates.initial import initial_adapter
 from edge_sdk.updates.keys import all_keys, check_shape, dense_keys, lora_keys, tuned_keys
+from edge_sdk.updates.writer import ContainerWriter
 
 
 def header(adapter, codec="int8", kind="update"):
@@ -225,3 +226,43 @@ def test_the_first_adapter_depends_on_seed_and_key_alone():
     assert not one["dense.classifier.bias"].any()
     assert one["dense.classifier.weight"].any()
     assert np.abs(one["0.output.dense.A"]).max() <= 1 / np.sqrt(32)
+
+
+@pytest.mark.parametrize("codec", sorted(CODECS))
+def test_the_bytes_are_those_of_the_library(tmp_path, adapter, codec):
+    from safetensors.numpy import load_file, save
+
+    adapter = {**adapter, "0.größe\n.A": adapter["0.output.dense.A"]}
+    write_container(tmp_path / "a", header(adapter, codec), adapter)
+    data = (tmp_path / "a").read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    metadata = json.loads(data[8 : 8 + length])["__metadata__"]
+    assert save(load_file(tmp_path / "a"), metadata=metadata) == data
+
+
+def test_a_container_is_written_whole_or_not_at_all(tmp_path, adapter):
+    with (
+        pytest.raises(ContainerError, match="never written"),
+        ContainerWriter(tmp_path / "a", header(adapter)) as one,
+    ):
+        one.write("0.output.dense.A", adapter["0.output.dense.A"])
+    with (
+        pytest.raises(ContainerError, match="not waited for"),
+        ContainerWriter(tmp_path / "a", header(adapter)) as one,
+    ):
+        one.write("0.output.dense.A", adapter["0.output.dense.A"])
+        one.write("0.output.dense.A", adapter["0.output.dense.A"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_forms_that_were_met_are_checked_by_their_bytes(tmp_path, adapter):
+    forms = Forms(most=1)
+    for name in ("a", "b"):
+        write_container(tmp_path / name, header(adapter), adapter)
+    one, other = (read_container(tmp_path / name, "update", forms) for name in ("a", "b"))
+    assert one.header is other.header
+    np.testing.assert_array_equal(other.load().tensor("0.output.dense.A"), one.tensor("0.output.dense.A"))
+    data = (tmp_path / "b").read_bytes()
+    (tmp_path / "b").write_bytes(data[:-1])
+    with pytest.raises(ContainerError):
+        read_container(tmp_path / "b", "update", forms)
