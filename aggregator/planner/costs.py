@@ -148,6 +148,7 @@ class DeviceCosts:
             levers=way.levers,
             micro_batch=way.micro_batch,
             max_length=work.max_length,
+            accumulation=way.accumulation,
             factors=work.factors,
             optimizer=work.optimizer,
             base_precision=self.base_precision,

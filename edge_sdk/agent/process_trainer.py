@@ -34,7 +34,7 @@ from edge_sdk.protocol.trainer import (
     decode_reply,
 )
 
-__all__ = ["ProcessTrainer", "trainer_environment"]
+__all__ = ["ProcessTrainer"]
 
 _log = logging.getLogger(__name__)
 _WORKER = ("-m", "edge_sdk.training.worker")
@@ -66,7 +66,7 @@ class ProcessTrainer:
         command: Sequence[str] | None = None,
     ) -> None:
         self._folder = folder
-        self._environment = trainer_environment(offline=offline, allocator=allocator)
+        self._environment = {**_environment(offline), **find_allocator(allocator).environment()}
         self._command = [sys.executable, *_WORKER] if command is None else list(command)
         self._deliver: Callable[[TrainerReply], None] | None = None
         self._lock = threading.Lock()
@@ -272,8 +272,7 @@ def _id(request: TrainerRequest) -> int:
     return request.id
 
 
-def trainer_environment(*, offline: bool, allocator: str) -> dict[str, str]:
-    """What the trainer's process is started with. ConfigError where the allocator named is not there."""
+def _environment(offline: bool) -> dict[str, str]:
     env = dict(os.environ)
     env["TOKENIZERS_PARALLELISM"] = "false"
     # Threads that spin while they wait make each other three times slower where cores are shared.
@@ -284,4 +283,4 @@ def trainer_environment(*, offline: bool, allocator: str) -> dict[str, str]:
     if root not in [*site.getsitepackages(), site.getusersitepackages()]:
         # Run from a source tree: the worker starts in another folder and must find the same package.
         env["PYTHONPATH"] = os.pathsep.join(filter(None, (root, env.get("PYTHONPATH"))))
-    return {**env, **find_allocator(allocator).environment()}
+    return env

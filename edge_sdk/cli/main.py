@@ -33,6 +33,15 @@ class Precision(str, Enum):
     int2 = "int2"
 
 
+class HeldIn(str, Enum):
+    fp32 = "fp32"
+    fp16 = "fp16"
+    bf16 = "bf16"
+    int8 = "int8"
+    nf4 = "nf4"
+    int2 = "int2"
+
+
 class Salience(str, Enum):
     loss = "loss"
     influence = "influence"
@@ -66,25 +75,6 @@ def status(config: ConfigOption = Path("agent.toml"), json: JsonOption = False) 
     from edge_sdk.cli.status import show_status
 
     show_status(config, as_json=json)
-
-
-@app.command()
-def profile(
-    config: Annotated[
-        Path | None, typer.Option("--config", "-c", help="The agent's config file; else agent.toml, if any.")
-    ] = None,
-    link: Annotated[
-        bool, typer.Option("--link/--no-link", help="Measure the link (a few MB at most).")
-    ] = True,
-    compute: Annotated[
-        bool, typer.Option("--compute/--no-compute", help="Measure arithmetic and memory (extra 'train').")
-    ] = True,
-    json: JsonOption = False,
-) -> None:
-    """What this device is and does: memory, power, heat, arithmetic, link. Needs neither model nor config."""
-    from edge_sdk.cli.profiling import show_profile
-
-    show_profile(config, as_json=json, link=link, compute=compute)
 
 
 @app.command()
@@ -156,6 +146,44 @@ def quantize_base(
     )  # fmt: skip
 
 
+@app.command()
+def plan(
+    model: Annotated[Path, typer.Option("--model", help="The model's config.json, or its folder.")],
+    device_class: Annotated[
+        str | None, typer.Option("--device-class", help="One of edge-agent device-classes.")
+    ] = None,
+    memory_mb: Annotated[
+        float | None,
+        typer.Option("--memory-mb", min=1, help="What the trainer may hold in all, in 10^6 bytes."),
+    ] = None,
+    gflops: Annotated[
+        float | None,
+        typer.Option("--gflops", min=0.001, help="Throughput of the device, as profile measures it."),
+    ] = None,
+    task: Annotated[Task | None, typer.Option("--task", help="Else by the config.")] = None,
+    labels: Annotated[int, typer.Option("--labels", min=2, help="Of a classifier.")] = 2,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Rows of a step.")] = 16,
+    length: Annotated[int, typer.Option("--length", min=2, help="Tokens of a row.")] = 128,
+    rank: Annotated[int, typer.Option("--rank", min=1, help="Of LoRA, in all linears.")] = 8,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Of a round.")] = 25,
+    base_precision: Annotated[
+        HeldIn, typer.Option("--base-precision", help="What the frozen weights are held in.")
+    ] = HeldIn.fp32,
+    up_mbps: Annotated[float | None, typer.Option("--up-mbps", min=0.001, help="The link's rate up.")] = None,
+    down_mbps: Annotated[float | None, typer.Option("--down-mbps", min=0.001, help="And down.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """What of a model would fit on a device class: an estimate, before anything is downloaded or probed."""
+    from edge_sdk.cli.planning import Asked, show_plan
+
+    asked = Asked(
+        model=model, device_class=device_class, memory_mb=memory_mb, gflops=gflops,
+        task=None if task is None else task.value, labels=labels, batch=batch, length=length, rank=rank,
+        steps=steps, base_precision=base_precision.value, up_mbps=up_mbps, down_mbps=down_mbps,
+    )  # fmt: skip
+    show_plan(asked, as_json=json)
+
+
 @app.command("device-classes")
 def device_classes(
     links: Annotated[bool, typer.Option("--links", help="The link classes instead.")] = False,
@@ -166,14 +194,6 @@ def device_classes(
     from edge_sdk.cli.starting import list_classes
 
     list_classes(links=links, all_fleets=fleets, as_json=json)
-
-
-@app.command()
-def doctor(config: ConfigOption = Path("agent.toml"), json: JsonOption = False) -> None:
-    """What of this device works, what does not and how to mend it. 0: no error; else the first one's code."""
-    from edge_sdk.cli.doctor import show_findings
-
-    show_findings(config, as_json=json)
 
 
 @app.callback()

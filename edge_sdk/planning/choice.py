@@ -20,6 +20,7 @@ from edge_sdk.planning.cost import (
     round_time,
     update_bytes,
 )
+from edge_sdk.planning.memory import BITS, RECOMPUTE
 from edge_sdk.protocol.measure import Budget, Fit
 from edge_sdk.protocol.model import LoraShape, ModelShape
 from edge_sdk.protocol.spec import Candidate, Setting, TrainSpec
@@ -97,8 +98,8 @@ class Chosen:
 class Infeasible:
     """No candidate meets the budgets. ``reason`` is a ``DeclineReason``.
 
-    ``trainer``: the fit says nothing about what is offered (another batch, length or precision). ``gate``:
-    the day's traffic or the battery's time is too little.
+    ``trainer``: the fit says nothing about what is offered. ``gate``: the day's traffic or the battery's time
+    is too little.
     """
 
     reason: Literal["memory", "deadline", "trainer", "gate"]
@@ -137,22 +138,17 @@ def fits_memory(peak: float, budget_mb: float) -> bool:
 
 
 def unpredictable(fit: Fit, shape: ModelShape, lora: LoraShape, setting: Setting) -> str:  # noqa: ARG001
-    """Why the fit says nothing about a setting; empty where it does: its probes had the same levers.
+    """Why the fit says nothing about a setting; empty where it does.
 
-    Plain layers need a plain probe, quantized layers a quantized one of the same bits, a mix of both needs
-    both: a fit made of quantized probes alone cannot tell what a plain layer costs, nor the other way round.
+    Counting tells bits, levers, batch and length apart; whether layers run plain, or quantized, and what that
+    takes on this device, a probe must have shown. An estimate, without any probe, tells all.
     """
-    quantized, levers = setting.quantized_layers, setting.levers
-    if (fit.micro_batch, fit.max_length) != (setting.micro_batch, setting.max_length):
-        return (
-            f"the probes are of batch {fit.micro_batch} and length {fit.max_length}, "
-            f"not {setting.micro_batch} and {setting.max_length}"
-        )
-    if fit.levers.recompute != levers.recompute or (quantized and fit.levers != levers):
-        return f"the probes are of {fit.levers}, not {levers}"
-    if quantized < setting.depth and not any(p.quantized_layers == 0 for p in fit.probes):
+    levers, quantized = setting.levers, setting.quantized_layers
+    if levers.activation_bits not in BITS or levers.recompute not in RECOMPUTE:
+        return f"nothing is known of {levers}"
+    if quantized < setting.depth and fit.probes and not any(p.quantized_layers == 0 for p in fit.probes):
         return "plain layers did not fit when this device was probed"
-    if quantized and not any(p.quantized_layers > 0 for p in fit.probes):
+    if quantized and fit.probes and not any(p.quantized_layers > 0 for p in fit.probes):
         return "quantized layers were not probed"
     return ""
 

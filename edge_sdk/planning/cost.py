@@ -1,7 +1,12 @@
-"""The cost model: memory, time and bytes of a LoRA depth ``d`` with ``a`` quantized layers.
+"""The cost model: memory, time and bytes of any setting, on a device that its ``Fit`` tells of.
 
-Memory and step time are linear in d and a with the coefficients of a device's own ``Fit``; bytes follow
-from the model's shape and the container's form. MB are 10^6 bytes.
+What is counted of the model's shape (``memory``, ``work``) is scaled by what the device measured at the fit's
+reference. Memory is the highest of a few phases; of each, what tuned layers keep grows with the depth:
+
+    backward  fixed + room + d · layer              packed  fixed + room of a packed layer + a · packed layer
+    loss      fixed + room for logits + all layers  frozen  fixed + room of a layer's forward pass + state
+
+Bytes follow from the shape and the container's form. MB are 10^6 bytes.
 """
 
 from __future__ import annotations
@@ -10,8 +15,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import msgspec
+from msgspec.structs import replace
 
 from edge_sdk.errors import MechanismError
+from edge_sdk.planning.memory import Counted, counted
+from edge_sdk.planning.work import Worked, worked
 from edge_sdk.protocol.container import CODEC_FORMS, METADATA_KEY, CodecForm, ContainerHeader, Part
 from edge_sdk.protocol.measure import Fit
 from edge_sdk.protocol.model import LoraShape, ModelShape
@@ -19,11 +27,15 @@ from edge_sdk.protocol.spec import Setting
 
 __all__ = [
     "PREFIX_GROUP",
+    "Phase",
     "RoundTime",
+    "Scales",
     "link_s",
     "peak_mb",
+    "phases",
     "prefix_row_bytes",
     "prefix_share",
+    "reference",
     "round_time",
     "step_s",
     "update_bytes",
@@ -34,32 +46,126 @@ PREFIX_GROUP = 64
 """Values of a kept hidden state that share a scale and an offset at 8 bits."""
 
 
-def peak_mb(fit: Fit, shape: ModelShape, lora: LoraShape, setting: Setting) -> float:  # noqa: ARG001
+@dataclass(frozen=True)
+class Phase:
+    """Bytes that are counted at a step's possible peak, apart by what a device scales them with."""
+
+    name: str
+    plain: float
+    packed: float
+    room: float
+    of_packed: bool
+    """The room is that of a packed layer."""
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Measured over counted: of what plain and packed layers keep, of the room besides."""
+
+    plain: float
+    packed: float
+    room: float
+    packed_room: float
+    fixed_mb: float
+
+    @classmethod
+    def of(cls, fit: Fit, at: Counted) -> Scales:
+        room = fit.head_mb - fit.fixed_mb
+        return cls(
+            plain=1e6 * fit.layer_mb / (at.plain + at.state),
+            packed=1e6 * (fit.layer_mb - fit.saved_mb) / (at.packed + at.state),
+            room=1e6 * room / _room(at, at.plain_room),
+            packed_room=1e6 * (room + fit.work_mb) / _room(at, at.packed_room),
+            fixed_mb=fit.fixed_mb,
+        )
+
+    def peak_mb(self, phase: Phase) -> float:
+        room = self.packed_room if phase.of_packed else self.room
+        return (
+            self.fixed_mb + (self.plain * phase.plain + self.packed * phase.packed + room * phase.room) / 1e6
+        )
+
+
+def _room(at: Counted, room: float) -> float:
+    return at.head + at.edge + room
+
+
+def reference(fit: Fit, base_precision: str) -> Setting:
+    """What the fit's figures are of, on a device that holds its base so."""
+    return Setting(
+        depth=1,
+        levers=fit.levers,
+        micro_batch=fit.micro_batch,
+        max_length=fit.max_length,
+        factors=fit.factors,
+        optimizer=fit.optimizer,
+        base_precision=base_precision,
+    )
+
+
+def _flat(setting: Setting) -> Setting:
+    """Settings that differ in depth alone are counted once."""
+    return replace(setting, depth=1, quantized_layers=0)
+
+
+@lru_cache(maxsize=16384)
+def phases(shape: ModelShape, lora: LoraShape, setting: Setting) -> tuple[Phase, ...]:
+    """Where the peak of a step may be."""
+    at = counted(shape, lora, _flat(setting))
+    depth, packed = setting.depth, setting.quantized_layers
+    if not depth:  # the head alone: half a batch at a time passes the layers
+        return (Phase("frozen", 0.0, 0.0, at.head + at.frozen_room / 2, False),)
+    plain = depth - packed
+    kept = (plain * (at.plain + at.state), packed * (at.packed + at.state))
+    whole = plain == 0
+    found = [
+        Phase("backward", *kept, _room(at, at.packed_room if whole else at.plain_room), whole),
+        Phase("loss", *kept, _room(at, at.loss_room), whole),
+    ]
+    if packed and plain:
+        found.append(Phase("packed", plain * at.state, kept[1], _room(at, at.packed_room), True))
+    if depth < shape.layers:
+        state = at.state
+        found.append(Phase("frozen", plain * state, packed * state, at.head + at.frozen_room, whole))
+    return tuple(found)
+
+
+def peak_mb(fit: Fit, shape: ModelShape, lora: LoraShape, setting: Setting) -> float:
     """Highest memory of a round above the resting trainer, MB."""
-    peak = fit.head_mb + setting.depth * fit.layer_mb
-    if setting.quantized_layers:
-        peak += fit.work_mb - setting.quantized_layers * fit.saved_mb
-    return peak
+    scales = _scales(fit, shape, lora, setting.base_precision)
+    return fit.peak_factor * max(scales.peak_mb(phase) for phase in phases(shape, lora, setting))
+
+
+@lru_cache(maxsize=1024)
+def _scales(fit: Fit, shape: ModelShape, lora: LoraShape, base_precision: str) -> Scales:
+    return Scales.of(fit, counted(shape, lora, reference(fit, base_precision)))
+
+
+@lru_cache(maxsize=1024)
+def _worked_then(fit: Fit, shape: ModelShape, lora: LoraShape, base_precision: str) -> Worked:
+    return worked(shape, lora, reference(fit, base_precision), fit.kernel)
 
 
 def step_s(
     fit: Fit,
     shape: ModelShape,
-    lora: LoraShape,  # noqa: ARG001
+    lora: LoraShape,
     setting: Setting,
     *,
     prefix_read: float = 0.0,
 ) -> float:
-    """Seconds of one step of ``setting.micro_batch`` rows.
+    """Seconds of one batch of ``setting.micro_batch`` rows.
 
     ``prefix_read``: share of row visits whose frozen layers, those below the tuned ones, are read rather
     than computed, on the average of a round (``prefix_share``). That part of the forward pass goes.
     """
+    now = worked(shape, lora, _flat(setting), fit.kernel)
+    then = _worked_then(fit, shape, lora, setting.base_precision)
     spared = prefix_read * (shape.layers - setting.depth) / shape.layers
-    return (
-        (1.0 - spared) * fit.forward_s
-        + setting.depth * fit.layer_s
-        + setting.quantized_layers * fit.quantize_s
+    return fit.step_factor * (
+        (1.0 - spared) * fit.forward_s * now.forward_s / then.forward_s
+        + setting.depth * fit.layer_s * now.layer_s / then.layer_s
+        + setting.quantized_layers * fit.quantize_s * now.quantize_s / then.quantize_s
     )
 
 

@@ -1,9 +1,13 @@
-"""From probes to a ``Fit``: two small non-negative least squares, solved exactly in plain Python.
+"""From probes to a ``Fit``: small non-negative least squares around what was counted, in plain Python.
 
-The optimum of a non-negative least squares problem is the ordinary one on its support. With four unknowns
-there are fifteen supports, so all are tried: no iteration, no tolerance to tune. Where the probes leave a
-coefficient open (one depth only, nothing quantized), the smallest support is taken, and its order says
-which: what cannot be told apart is charged to the layers, so that greater depths never look cheap.
+Memory has five unknowns: what the bytes counted for plain layers, packed layers and the rooms of either are
+to be multiplied with, and a fixed rest. Time has three: of the forward pass, of tuned layers, of packing, all
+near the one pace that this machine has against that of the prices. Errors are relative to what was measured.
+Each unknown is drawn to its counted value with a small weight, so that few probes never leave one
+open, and what was not probed is what was counted.
+
+The optimum of a non-negative least squares problem is the ordinary one on its support. With five unknowns
+there are 31 supports, so all are tried: no iteration, no tolerance to tune.
 """
 
 from __future__ import annotations
@@ -11,36 +15,58 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import combinations
+from statistics import median
+
+from msgspec.structs import replace
 
 from edge_sdk.errors import TrainerError
+from edge_sdk.planning.cost import Scales, peak_mb, phases, step_s
+from edge_sdk.planning.memory import counted
+from edge_sdk.planning.work import prices, worked
 from edge_sdk.protocol.measure import Fit, ProbePoint
-from edge_sdk.protocol.spec import Levers
+from edge_sdk.protocol.model import LoraShape, ModelShape
+from edge_sdk.protocol.spec import Setting
 
-__all__ = ["fit_cost", "non_negative_least_squares"]
+__all__ = ["corrected", "estimate", "fit_cost", "non_negative_least_squares", "setting_of"]
+
+_MEMORY_PRIOR = 0.2
+"""A scale that is off its counted value by all of it weighs as much as a probe that is off by a fifth."""
+_TIME_PRIOR = 0.2
+_FIXED_PRIOR = 0.1
+_SPREAD_MB = 5.0
+_BELOW_MB = 20.0
+"""By how much the fixed rest may be below 0: what the heap at rest has in holes, small trainings fill."""
+_ROUNDS = 4
+"""Which phase of a probe was the highest depends on the scales: so often are both found in turn."""
 
 
-_PRIOR = 0.02
+def setting_of(point: ProbePoint, reference: Setting) -> Setting:
+    """What a probe measured; what it does not say is the reference's."""
+    return replace(
+        reference,
+        depth=point.depth,
+        quantized_layers=point.quantized_layers,
+        micro_batch=point.micro_batch or reference.micro_batch,
+        max_length=point.max_length or reference.max_length,
+        levers=point.levers or reference.levers,
+    )
 
 
 def fit_cost(
     points: Sequence[ProbePoint],
     *,
-    micro_batch: int,
-    max_length: int,
-    levers: Levers | None = None,
+    shape: ModelShape,
+    lora: LoraShape,
+    reference: Setting,
     rest_mb: float,
+    kernel: str = "fbgemm",
     threads: int = 0,
     machine: str = "",
-    prior: Fit | None = None,
 ) -> Fit:
-    """The cost model of a device from what it measured; see ``Fit`` for the two formulas.
+    """The cost model of a device from what it measured; its figures are of ``reference``, whatever its depth.
 
-    A kind of setting that was not probed is not made up: without a quantized probe ``saved_mb``, ``work_mb``
-    and ``quantize_s`` are 0, and ``choice.predictable`` keeps such settings from being chosen.
-
-    Args:
-        prior: what memory was counted to be. It weighs a fiftieth of a probe, and so only decides what the
-            probes leave open: three of them, under a tight limit, do not tell four coefficients apart.
+    A kind of setting that was not probed is as it was counted; ``choice.unpredictable`` keeps it from being
+    chosen.
 
     Raises:
         TrainerError: no point at all, or one that is not finite.
@@ -56,35 +82,129 @@ def fit_cost(
                 f"the probe at depth {point.depth} with {point.quantized_layers} quantized layers "
                 f"measured {point.peak_mb} MB and {point.step_s} s"
             )
-    # layer_mb = kept + saved with both at least 0: quantizing a layer cannot save more than the layer holds,
-    # which also keeps memory monotone in depth.
-    rows = [(p.depth, p.depth - p.quantized_layers, float(p.quantized_layers > 0), 1.0) for p in points]
-    peaks = [p.peak_mb for p in points]
-    if prior is not None and any(p.quantized_layers for p in points):
-        counted = (prior.layer_mb - prior.saved_mb, prior.saved_mb, prior.work_mb, prior.head_mb)
-        for index, figure in enumerate(counted):
-            rows.append(tuple(_PRIOR * (index == column) for column in range(4)))  # type: ignore[arg-type]
-            peaks.append(_PRIOR * figure)
-    kept, saved, work, head = non_negative_least_squares(rows, peaks)
-    layer_s, forward_s, quantize_s = non_negative_least_squares(
-        [(p.depth, 1.0, p.quantized_layers) for p in points], [p.step_s for p in points]
-    )
-    return Fit(
-        micro_batch=micro_batch,
-        max_length=max_length,
-        levers=levers or Levers(),
+    scales = _memory(points, shape, lora, reference)
+    paces = _time(points, shape, lora, reference, kernel)
+    return replace(
+        _figures(shape, lora, reference, scales, paces, kernel),
         rest_mb=rest_mb,
-        head_mb=head,
-        layer_mb=kept + saved,
-        saved_mb=saved,
-        work_mb=work,
-        forward_s=forward_s,
-        layer_s=layer_s,
-        quantize_s=quantize_s,
         probes=tuple(points),
         threads=threads,
         machine=machine,
     )
+
+
+def estimate(
+    shape: ModelShape, lora: LoraShape, reference: Setting, *, pace: float = 1.0, kernel: str = "fbgemm"
+) -> Fit:
+    """What is counted, with nothing measured. ``pace``: seconds here for one on the machine of the prices."""
+    scales = Scales(1.0, 1.0, 1.0, 1.0, prices().fixed_mb)
+    return _figures(shape, lora, reference, scales, (pace, pace, pace), kernel)
+
+
+_RISE, _FALL = 0.5, 0.2
+"""Shares of a new ratio in the moving average: a peak above the prediction counts more than one below."""
+
+
+def corrected(
+    fit: Fit,
+    shape: ModelShape,
+    lora: LoraShape,
+    setting: Setting,
+    *,
+    measured_mb: float | None = None,
+    measured_s: float | None = None,
+    prefix_read: float = 0.0,
+) -> Fit:
+    """The fit after a round that measured its peak above rest, or its seconds a batch, at ``setting``."""
+    if measured_mb is not None and math.isfinite(measured_mb) and measured_mb > 0:
+        ratio = measured_mb / max(1e-6, peak_mb(fit, shape, lora, setting))
+        fit = replace(fit, peak_factor=_moved(fit.peak_factor, ratio, _RISE if ratio > 1 else _FALL))
+    if measured_s is not None and math.isfinite(measured_s) and measured_s > 0:
+        ratio = measured_s / max(1e-9, step_s(fit, shape, lora, setting, prefix_read=prefix_read))
+        fit = replace(fit, step_factor=_moved(fit.step_factor, ratio, _FALL))
+    return fit
+
+
+def _moved(factor: float, ratio: float, share: float) -> float:
+    moved: float = factor * min(4.0, max(0.25, ratio)) ** share
+    return min(10.0, max(0.1, moved))
+
+
+def _figures(
+    shape: ModelShape,
+    lora: LoraShape,
+    reference: Setting,
+    scales: Scales,
+    paces: Sequence[float],
+    kernel: str,
+) -> Fit:
+    """Scales as the figures of the reference."""
+    flat = replace(reference, depth=1, quantized_layers=0, accumulation=1)
+    at, work = counted(shape, lora, flat), worked(shape, lora, flat, kernel)
+    layer = scales.plain * (at.plain + at.state) / 1e6
+    packed = min(layer, scales.packed * (at.packed + at.state) / 1e6)
+    besides = at.head + at.edge
+    room = scales.room * (besides + at.plain_room) / 1e6
+    return Fit(
+        micro_batch=reference.micro_batch,
+        max_length=reference.max_length,
+        levers=reference.levers,
+        factors=reference.factors,
+        optimizer=reference.optimizer,
+        rest_mb=0.0,
+        head_mb=scales.fixed_mb + room,
+        layer_mb=layer,
+        saved_mb=layer - packed,
+        work_mb=max(0.0, scales.packed_room * (besides + at.packed_room) / 1e6 - room),
+        fixed_mb=scales.fixed_mb,
+        forward_s=paces[0] * work.forward_s,
+        layer_s=paces[1] * work.layer_s,
+        quantize_s=paces[2] * work.quantize_s,
+        probes=(),
+        kernel=kernel,
+    )
+
+
+def _memory(points: Sequence[ProbePoint], shape: ModelShape, lora: LoraShape, reference: Setting) -> Scales:
+    fixed = prices().fixed_mb
+    scales = Scales(1.0, 1.0, 1.0, 1.0, fixed)
+    found = [(p, phases(shape, lora, setting_of(p, reference))) for p in points if p.peak_mb > 0]
+    prior = [tuple(_MEMORY_PRIOR * (place == column) for column in range(5)) for place in range(4)]
+    # the two rooms differ less than either from what is counted
+    prior.append((0.0, 0.0, _MEMORY_PRIOR, -_MEMORY_PRIOR, 0.0))
+    prior.append((0.0, 0.0, 0.0, 0.0, _FIXED_PRIOR / _SPREAD_MB))
+    wanted = [_MEMORY_PRIOR] * 4 + [0.0, _FIXED_PRIOR * (fixed + _BELOW_MB) / _SPREAD_MB]
+    for _ in range(_ROUNDS):
+        rows: list[tuple[float, ...]] = []
+        values: list[float] = []
+        for point, options in found:
+            top = max(options, key=scales.peak_mb)
+            rooms = (0.0, top.room) if top.of_packed else (top.room, 0.0)
+            row = (*(part / 1e6 for part in (top.plain, top.packed, *rooms)), 1.0)
+            rows.append(tuple(part / point.peak_mb for part in row))
+            values.append((point.peak_mb + _BELOW_MB) / point.peak_mb)
+        plain, packed, room, packed_room, rest = non_negative_least_squares(
+            [*rows, *prior], [*values, *wanted]
+        )
+        scales = Scales(plain, packed, room, packed_room, rest - _BELOW_MB)
+    return scales
+
+
+def _time(
+    points: Sequence[ProbePoint], shape: ModelShape, lora: LoraShape, reference: Setting, kernel: str
+) -> tuple[float, float, float]:
+    columns = []
+    for point in points:
+        one = worked(shape, lora, replace(setting_of(point, reference), depth=1, quantized_layers=0), kernel)
+        columns.append((one.forward_s, point.depth * one.layer_s, point.quantized_layers * one.quantize_s))
+    timed = [(point.step_s, row) for point, row in zip(points, columns, strict=True) if point.step_s > 0]
+    if not timed:
+        return (0.0, 0.0, 0.0)
+    pace = median(seconds / sum(row) for seconds, row in timed)
+    rows = [tuple(pace * part / seconds for part in row) for seconds, row in timed]
+    rows += [tuple(_TIME_PRIOR * (place == column) for column in range(3)) for place in range(3)]
+    forward, layer, quantize = non_negative_least_squares(rows, [1.0] * len(timed) + [_TIME_PRIOR] * 3)
+    return (pace * forward, pace * layer, pace * quantize)
 
 
 def non_negative_least_squares(rows: Sequence[Sequence[float]], values: Sequence[float]) -> tuple[float, ...]:

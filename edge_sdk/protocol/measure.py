@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from edge_sdk.protocol.base import NotNegative, Positive, Record, Text
-from edge_sdk.protocol.spec import Levers
+from edge_sdk.protocol.spec import Levers, Word
 
 __all__ = [
     "Budget",
@@ -28,6 +28,8 @@ Budget = Literal["memory", "link", "compute", "traffic", "energy", "none"]
 
 Figure = Annotated[float, msgspec.Meta(ge=0.0, le=1e9)]
 """MB or seconds: far above any device, and far below where sums and products of such end being finite."""
+Offset = Annotated[float, msgspec.Meta(ge=-1e9, le=1e9)]
+Factor = Annotated[float, msgspec.Meta(ge=0.01, le=100.0)]
 Rate = Annotated[float, msgspec.Meta(ge=0.0, le=1e15)]
 Loss = Annotated[float, msgspec.Meta(ge=-1e39, le=1e39)]
 """Any that a float32 holds."""
@@ -130,30 +132,46 @@ class ProbePoint(Record, frozen=True, kw_only=True):
     quantized_layers: NotNegative
     peak_mb: Figure
     step_s: Figure
+    micro_batch: NotNegative = 0
+    """0: the fit's; so too ``max_length``, and ``levers`` where None."""
+    max_length: NotNegative = 0
+    levers: Levers | None = None
 
 
-class Fit(Record, frozen=True, kw_only=True):
-    """The cost model's coefficients, fitted on this device's probes for one batch and length.
+class Fit(Record, frozen=True, kw_only=True, cache_hash=True):
+    """The cost model's coefficients, fitted on this device's probes: figures of one setting, the reference.
 
-        peak(d, a) = head_mb + d · layer_mb − a · saved_mb + [a > 0] · work_mb      (MB above rest)
+        peak(d, a) = head_mb + d · layer_mb − a · saved_mb + [a = d] · work_mb      (MB above rest)
         step(d, a) = forward_s + d · layer_s + a · quantize_s                       (seconds)
 
-    Linear in d, as the measurements of saved activations are. ``rest_mb`` is what the trainer process
-    holds with the model loaded after one discarded warm-up step.
+    Other settings (levers, batch, length, factors, optimizer) scale each figure by what is counted of the
+    model's shape there and at the reference: see ``edge_sdk.planning.cost``. ``rest_mb`` is what the trainer
+    process holds with the model loaded after one discarded warm-up step.
     """
 
     micro_batch: Positive
     max_length: Positive
     levers: Levers = Levers()
+    factors: Word = "AB"
+    optimizer: Word = "adamw"
     rest_mb: Figure
     head_mb: Figure
     layer_mb: Figure
     saved_mb: Figure
     work_mb: Figure
+    """What going back through a quantized layer needs more than through a plain one."""
+    fixed_mb: Offset = 0.0
+    """Of ``head_mb``, what does not grow with batch and length; below 0 where the heap at rest has room."""
     forward_s: Figure
     layer_s: Figure
     quantize_s: Figure
     probes: tuple[ProbePoint, ...]
+    """None: nothing was measured, and the figures are an estimate."""
+    kernel: Word = "fbgemm"
+    """What packs activations there: ``fbgemm``, ``composed`` or ``triton``."""
+    peak_factor: Factor = 1.0
+    """What rounds since the probe took of what was predicted, a moving average; so too ``step_factor``."""
+    step_factor: Factor = 1.0
     threads: NotNegative = 0
     machine: Text = ""
     """What the fit was made on; another machine, thread count or torch makes it void."""

@@ -14,7 +14,7 @@ TASKS: tuple[str, ...] = ("classification", "causal-lm")
 """What a model can be trained for here."""
 
 
-class LoraShape(Record, frozen=True, kw_only=True):
+class LoraShape(Record, frozen=True, kw_only=True, cache_hash=True):
     """LoRA of a run. Effective weight: W + (alpha / rank) · B A, A of (rank, in), B of (out, rank)."""
 
     rank: Positive = 8
@@ -44,7 +44,7 @@ class DensePart(Record, frozen=True, kw_only=True):
     shape: tuple[Positive, ...]
 
 
-class ModelShape(Record, frozen=True, kw_only=True):
+class ModelShape(Record, frozen=True, kw_only=True, cache_hash=True):
     """All that planning, initialisation and export need to know of a base model.
 
     Layers are numbered from 0 at the input; LoRA depth d tunes the layers ``layers - d`` and above.
@@ -57,6 +57,18 @@ class ModelShape(Record, frozen=True, kw_only=True):
     heads: Positive
     kv_heads: NotNegative = 0
     """Heads of keys and values; 0: as many as ``heads``."""
+    head_size: NotNegative = 0
+    """Width of a head; 0: ``hidden`` over ``heads``."""
+    gated: bool = False
+    """The feed-forward block is down(f(gate) · up) rather than down(f(up))."""
+    activation: Text = ""
+    """Its function, by the word of the model's config."""
+    norms: NotNegative = 2
+    """Norms of a layer that are as wide as ``hidden``."""
+    head_norms: bool = False
+    """Queries and keys pass a norm of their own."""
+    fused_attention: bool = True
+    """Attention is inside the activation store; else its squares are kept."""
     vocabulary: Positive
     layer_path: Text
     """Path of the list of transformer layers in the model, ``bert.encoder.layer`` say."""
@@ -66,6 +78,25 @@ class ModelShape(Record, frozen=True, kw_only=True):
     parameters: NotNegative
     base_bytes: NotNegative
     """Bytes of the weights as they rest in the trainer."""
+
+    @property
+    def query_width(self) -> int:
+        return self.heads * (self.head_size or self.hidden // self.heads)
+
+    @property
+    def key_width(self) -> int:
+        return (self.kv_heads or self.heads) * (self.head_size or self.hidden // self.heads)
+
+    @property
+    def inner_width(self) -> int:
+        """Width of what a feed-forward block computes before its last linear: gate and up together."""
+        return (2 if self.gated else 1) * self.intermediate
+
+    @property
+    def linear_weights(self) -> int:
+        """Weights of all linears of one layer, with LoRA or without."""
+        attention = 2 * self.query_width + 2 * self.key_width
+        return self.hidden * (attention + self.inner_width + self.intermediate)
 
     def lora_values(self, rank: int) -> int:
         """Values of A and B of one layer."""

@@ -35,8 +35,9 @@ class Levers(Record, frozen=True, kw_only=True):
 class Setting(Record, frozen=True, kw_only=True):
     """All that decides how much memory and time a training step takes, besides the model and the device.
 
-    Not how many steps there are: accumulated ones run one after the other. ``base_precision`` is what the
-    device holds its base in, which its fit was measured with.
+    Not how many steps there are. ``accumulation``: more than one batch a step means that gradients are held
+    while the next is computed; seconds are always those of one batch. ``base_precision`` is what the device
+    holds its base in, which its fit was measured with.
     """
 
     depth: NotNegative
@@ -44,6 +45,7 @@ class Setting(Record, frozen=True, kw_only=True):
     levers: Levers = Levers()
     micro_batch: Positive = 16
     max_length: Positive = 128
+    accumulation: Positive = 1
     factors: Word = "AB"
     optimizer: Word = "adamw"
     base_precision: Word = "fp32"
@@ -94,6 +96,7 @@ class Candidate(Record, frozen=True, kw_only=True):
             levers=self.levers,
             micro_batch=self.micro_batch,
             max_length=self.max_length,
+            accumulation=self.accumulation,
             factors=spec.factors,
             optimizer=spec.optimizer,
             base_precision=self.base_precision,

@@ -152,7 +152,10 @@ def forbid(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 
 def check(profile: Profile) -> None:
     """Nothing is missing without a reason, and nothing is absurd."""
-    for field in set(profile.__struct_fields__) - {"throughput"}:
+    silent = {"throughput"}
+    if profile.shared_memory is None:
+        silent.add("shared_memory")  # follows from the accelerators
+    for field in set(profile.__struct_fields__) - silent:
         if getattr(profile, field) in (None, ""):
             assert profile.reasons.get(field), field
     assert profile.temperature_c is None or -40 < profile.temperature_c < 150

@@ -17,6 +17,8 @@ from edge_sdk.protocol.wire import Status
 
 FEDQUAD, FEDAVG = find_method("fedquad"), find_method("fedavg")
 REFERENCE = dataclasses.replace(FEDQUAD, name="reference", allocation=ReferenceTime())
+ONE_WAY = dataclasses.replace(FEDQUAD, other_levers=())
+"""No other levers, and no batch in halves."""
 
 
 def plan(
@@ -69,7 +71,7 @@ def test_candidates_are_of_the_precision_that_the_device_holds_its_base_in() -> 
 
 
 def test_depths_that_did_not_fit_are_offered_fully_quantized() -> None:
-    made = plan(a_status(fit=a_fit(), budget_mb=75))
+    made = plan(a_status(fit=a_fit(), budget_mb=75), method=ONE_WAY)
     best = recommended(made.candidates["a"])
     assert best is not None
     assert best.id == "d3a3"
@@ -77,13 +79,19 @@ def test_depths_that_did_not_fit_are_offered_fully_quantized() -> None:
 
 
 def test_a_device_for_which_nothing_fits_is_asked_and_told_nothing_to_prefer() -> None:
-    made = plan(a_status("small", fit=a_fit(), budget_mb=20), a_status("big", fit=a_fit()))
+    made = plan(a_status("small", fit=a_fit(), budget_mb=20), a_status("big", fit=a_fit()), method=ONE_WAY)
     assert recommended(made.candidates["small"]) is None
     assert ids(made.candidates["small"])[0] == "d1a1"
     assert recommended(made.candidates["big"]) is not None
-    alone = plan(a_status("small", fit=a_fit(), budget_mb=20))
+    alone = plan(a_status("small", fit=a_fit(), budget_mb=20), method=ONE_WAY)
     assert alone.candidates["small"] == made.candidates["small"]
     assert alone.target_s == pytest.approx(TOLERANCE * 10 * 0.16)
+
+
+def test_half_a_batch_twice_is_offered_where_a_whole_one_does_not_fit() -> None:
+    best = recommended(plan(a_status(fit=a_fit(), budget_mb=75)).candidates["a"])
+    assert best is not None
+    assert best.depth > 3 and (best.micro_batch, best.accumulation) == (8, 2)
 
 
 def test_devices_without_a_usable_fit_get_no_offer() -> None:

@@ -163,24 +163,19 @@ def test_plain_layers_that_were_never_probed_are_not_chosen() -> None:
     assert found.reason == "memory"
 
 
-def test_a_fit_of_another_batch_says_nothing() -> None:
-    found = pick(Budgets(memory_mb=10_000), model=fit(micro_batch=8))
-    assert isinstance(found, Infeasible)
-    assert found.reason == "trainer"
-    assert "batch 8" in found.message
-
-
-def test_a_mix_needs_both_kinds_of_probes() -> None:
-    def knows(model: Fit, depth: int, quantized: int, bits: int = 8, recompute: str = "none") -> bool:
+def test_what_no_probe_showed_is_said() -> None:
+    def why(model: Fit, depth: int, quantized: int, bits: int = 8, recompute: str = "none") -> str:
         levers = Levers(activation_bits=bits, recompute=recompute)
-        return not unpredictable(model, SHAPE, LORA, setting(depth, quantized, levers=levers))
+        return unpredictable(model, SHAPE, LORA, setting(depth, quantized, levers=levers))
 
-    assert knows(fit(), 6, 3)
-    assert not knows(fit((1, 0), (6, 0)), 6, 3)
-    assert not knows(fit((1, 1), (6, 6)), 6, 3)
-    assert not knows(fit(), 6, 3, bits=4)
-    assert knows(fit(), 6, 0, bits=4)
-    assert not knows(fit(), 6, 0, recompute="outputs")
+    assert not why(fit(), 6, 3)
+    assert "quantized layers were not probed" in why(fit((1, 0), (6, 0)), 6, 3)
+    assert "plain layers did not fit" in why(fit((1, 1), (6, 6)), 6, 3)
+    assert not why(fit(), 6, 3, bits=4) and not why(fit(), 6, 0, recompute="layer")
+    assert "nothing is known" in why(fit(), 6, 3, bits=3)
+    assert "nothing is known" in why(fit(), 6, 0, recompute="half")
+    found = pick(Budgets(memory_mb=10_000), [candidate(6, 6, activation_bits=3)])
+    assert isinstance(found, Infeasible) and found.reason == "trainer" and "nothing is known" in found.message
 
 
 def test_after_out_of_memory_the_next_smaller_one() -> None:

@@ -7,9 +7,9 @@ from edge_sdk.planning.cost import link_s, round_time, update_bytes, version_byt
 
 def test_memory_and_time_are_the_formulas_of_the_fit() -> None:
     model = fit()
-    assert peak(model, 0, 0) == pytest.approx(10)
     assert peak(model, 4, 0) == pytest.approx(170)
-    assert peak(model, 4, 3) == pytest.approx(10 + 160 - 75 + 6)
+    assert peak(model, 4, 4) == pytest.approx(10 + 160 - 100 + 6)
+    assert peak(model, 4, 3) == pytest.approx(10 + 160 - 75)  # the top layer is plain
     assert step(model, 4, 3) == pytest.approx(0.1 + 0.2 + 0.03)
 
 

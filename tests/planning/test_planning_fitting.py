@@ -1,72 +1,121 @@
 import math
 import random
+from dataclasses import replace
 
 import msgspec
 import pytest
-from planning_cases import ALL_KINDS, fit, peak, step, truth
+from planning_cases import LORA, encoder, setting
 
 from edge_sdk.errors import TrainerError
-from edge_sdk.planning.fitting import fit_cost, non_negative_least_squares
-from edge_sdk.protocol.measure import ProbePoint
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [((1, 0), (6, 0), (1, 1), (6, 6)), ((1, 0), (2, 0), (2, 1), (2, 2)), ((0, 0), (3, 0), (4, 2), (5, 5))],
+from edge_sdk.planning.cost import Scales, peak_mb, phases, step_s
+from edge_sdk.planning.fitting import (
+    corrected,
+    estimate,
+    fit_cost,
+    non_negative_least_squares,
+    setting_of,
 )
-def test_enough_probes_give_every_coefficient(settings: tuple[tuple[int, int], ...]) -> None:
-    model = fit(*settings)
-    assert (model.head_mb, model.layer_mb, model.saved_mb, model.work_mb) == pytest.approx((10, 40, 25, 6))
-    assert (model.forward_s, model.layer_s, model.quantize_s) == pytest.approx((0.1, 0.05, 0.01))
-    assert [(p.depth, p.quantized_layers) for p in model.probes] == list(settings)
+from edge_sdk.protocol.measure import Fit, ProbePoint
+from edge_sdk.protocol.spec import Levers, Setting
+
+SHAPE = encoder()
+REFERENCE = setting(1, levers=Levers(recompute="outputs"))
+TRUE = Scales(plain=1.1, packed=1.3, room=0.9, packed_room=1.2, fixed_mb=7.0)
+PACES = {"forward_s": 2.0, "layer_s": 2.4, "quantize_s": 1.5}
+WANTED = ((1, 1), (1, 0), (6, 6), (6, 0))
 
 
-def test_what_was_not_probed_is_not_made_up() -> None:
-    model = fit((1, 0), (3, 0), (6, 0))
-    assert (model.saved_mb, model.work_mb, model.quantize_s) == (0, 0, 0)
-    assert (model.head_mb, model.layer_mb) == pytest.approx((10, 40))
+def device() -> Fit:
+    """A machine that takes the true scales' share of what is counted."""
+    counted = estimate(SHAPE, LORA, REFERENCE)
+    return msgspec.structs.replace(
+        counted, **{name: pace * getattr(counted, name) for name, pace in PACES.items()}
+    )
 
 
-def test_one_depth_is_charged_to_the_layers() -> None:
-    model = fit((1, 0))
-    assert model.head_mb == 0
-    assert peak(model, 1, 0) == pytest.approx(50)
-    assert peak(model, 6, 0) == pytest.approx(300)  # the truth is 250: unknown is never cheap
-    assert step(model, 6, 0) == pytest.approx(0.9)
+def measured(wanted: Setting, noise: float = 1.0) -> tuple[float, float]:
+    peak = max(TRUE.peak_mb(phase) for phase in phases(SHAPE, LORA, wanted))
+    return noise * peak, noise * step_s(device(), SHAPE, LORA, wanted)
 
 
-def test_plain_layers_seen_at_one_depth_alone_never_look_cheap() -> None:
-    """What a device short of memory can probe: there, the head's share cannot be told from the layers'."""
-    model = fit((1, 1), (1, 0), (3, 3))
-    for depth in range(1, 7):
-        assert peak(model, depth, depth) == pytest.approx(truth(depth, depth).peak_mb)
-        for quantized in range(depth):
-            assert peak(model, depth, quantized) > truth(depth, quantized).peak_mb - 1e-6
+def probe(depth: int, quantized: int, noise: float = 1.0, **more: object) -> ProbePoint:
+    wanted = ProbePoint(depth=depth, quantized_layers=quantized, peak_mb=0.0, step_s=0.0, **more)  # type: ignore[arg-type]
+    peak, step = measured(setting_of(wanted, REFERENCE), noise)
+    return msgspec.structs.replace(wanted, peak_mb=peak, step_s=step)
 
 
-def test_quantized_probes_alone_predict_quantized_settings() -> None:
-    model = fit((1, 1), (4, 4))
-    for depth in (1, 4, 6):
-        assert peak(model, depth, depth) == pytest.approx(truth(depth, depth).peak_mb)
-        assert step(model, depth, depth) == pytest.approx(truth(depth, depth).step_s)
+def fitted(points: list[ProbePoint]) -> Fit:
+    return fit_cost(
+        points, shape=SHAPE, lora=LORA, reference=REFERENCE, rest_mb=300.0, threads=2, machine="m"
+    )
 
 
-def test_noise_never_makes_a_coefficient_negative_nor_memory_shrink_with_depth() -> None:
+def off(model: Fit, wanted: Setting) -> tuple[float, float]:
+    """Relative errors of memory and time."""
+    peak, step = measured(wanted)
+    return peak_mb(model, SHAPE, LORA, wanted) / peak - 1, step_s(model, SHAPE, LORA, wanted) / step - 1
+
+
+PROBES = [*(probe(d, a) for d, a in WANTED), probe(6, 6, micro_batch=4)]
+OTHERS = [
+    setting(
+        d, a, levers=Levers(activation_bits=bits, recompute=recompute), micro_batch=batch, max_length=length
+    )
+    for d, a in ((2, 2), (4, 0), (5, 3), (6, 6))
+    for bits, recompute in ((8, "none"), (4, "outputs"), (2, "inner"), (8, "layer"))
+    for batch, length in ((16, 32), (4, 64), (32, 128))
+]
+
+
+def test_five_probes_tell_every_other_setting() -> None:
+    model = fitted(PROBES)
+    errors = [off(model, wanted) for wanted in OTHERS]
+    assert max(abs(memory) for memory, _ in errors) < 0.08
+    assert max(abs(time) for _, time in errors) < 0.03
+    assert (model.rest_mb, model.threads, model.machine, len(model.probes)) == (300.0, 2, "m", 5)
+
+
+def test_few_probes_lean_on_what_is_counted() -> None:
+    for points in ([probe(1, 1)], [probe(1, 1), probe(1, 0)], [probe(1, 1), probe(1, 0), probe(3, 3)]):
+        model = fitted(points)
+        errors = [off(model, wanted) for wanted in OTHERS]
+        assert max(abs(memory) for memory, _ in errors) < 0.4
+        assert max(abs(time) for _, time in errors) < 0.25
+
+
+def test_noise_never_makes_memory_shrink_with_depth_nor_grow_by_quantizing() -> None:
     random_ = random.Random(7)
-    for _ in range(200):
-        points = [
-            ProbePoint(
-                depth=d,
-                quantized_layers=a,
-                peak_mb=max(0.0, truth(d, a).peak_mb * random_.uniform(0.3, 2.0)),
-                step_s=truth(d, a).step_s * random_.uniform(0.3, 2.0),
-            )
-            for d, a in ((1, 0), (3, 0), (6, 0), (1, 1), (3, 3), (6, 3), (6, 6))
-        ]
-        model = fit_cost(points, micro_batch=1, max_length=8, rest_mb=0)
-        for name in ("head_mb", "layer_mb", "saved_mb", "work_mb", "forward_s", "layer_s", "quantize_s"):
+    for _ in range(30):
+        points = [probe(d, a, random_.uniform(0.3, 2.0)) for d, a in WANTED]
+        model = fitted(points)
+        for name in ("layer_mb", "saved_mb", "work_mb", "forward_s", "layer_s", "quantize_s"):
             assert getattr(model, name) >= 0, name
         assert model.saved_mb <= model.layer_mb + 1e-9
+
+
+def test_an_estimate_is_what_is_counted() -> None:
+    model = estimate(SHAPE, LORA, REFERENCE, pace=3.0)
+    assert not model.probes
+    counted = replace(TRUE, plain=1.0, packed=1.0, room=1.0, packed_room=1.0, fixed_mb=model.fixed_mb)
+    for wanted in OTHERS:
+        peak = max(counted.peak_mb(phase) for phase in phases(SHAPE, LORA, wanted))
+        assert peak_mb(model, SHAPE, LORA, wanted) == pytest.approx(peak)
+    slow, quick = (step_s(estimate(SHAPE, LORA, REFERENCE, pace=p), SHAPE, LORA, OTHERS[0]) for p in (3, 1))
+    assert slow == pytest.approx(3 * quick)
+
+
+def test_rounds_correct_the_fit_and_faster_upwards() -> None:
+    model, wanted = fitted(PROBES), setting(4, 0)
+    peak, step = peak_mb(model, SHAPE, LORA, wanted), step_s(model, SHAPE, LORA, wanted)
+    up = corrected(model, SHAPE, LORA, wanted, measured_mb=1.2 * peak, measured_s=1.2 * step)
+    assert up.peak_factor == pytest.approx(1.2**0.5) and up.step_factor == pytest.approx(1.2**0.2)
+    down = corrected(model, SHAPE, LORA, wanted, measured_mb=peak / 1.2)
+    assert down.peak_factor == pytest.approx(1.2**-0.2) and down.step_factor == 1.0
+    for _ in range(30):
+        model = corrected(model, SHAPE, LORA, wanted, measured_mb=1.2 * peak, measured_s=2 * step)
+    assert peak_mb(model, SHAPE, LORA, wanted) == pytest.approx(1.2 * peak, rel=0.01)
+    assert step_s(model, SHAPE, LORA, wanted) == pytest.approx(2 * step, rel=0.01)
+    assert corrected(model, SHAPE, LORA, wanted, measured_mb=math.nan, measured_s=0.0) == model
 
 
 def test_the_solution_is_the_optimum() -> None:
@@ -90,22 +139,10 @@ def test_the_solution_is_the_optimum() -> None:
 
 def test_nothing_measured_is_an_error_with_a_way_out() -> None:
     with pytest.raises(TrainerError, match=r"no setting could be measured.*limits\.memory_mb"):
-        fit_cost([], micro_batch=16, max_length=32, rest_mb=100)
-
-
-def test_what_few_probes_leave_open_is_decided_by_counting() -> None:
-    points = [truth(1, 1), truth(1, 0), truth(3, 3)]
-    counted = fit_cost([truth(d, a) for d, a in ALL_KINDS], micro_batch=16, max_length=32, rest_mb=100)
-    found = fit_cost(points, micro_batch=16, max_length=32, rest_mb=100, prior=counted)
-    assert (found.layer_mb, found.saved_mb) == pytest.approx((counted.layer_mb, counted.saved_mb), rel=1e-3)
-    far = msgspec.structs.replace(counted, layer_mb=5 * counted.layer_mb, head_mb=0.0)
-    held = fit_cost(
-        [truth(d, a) for d, a in ALL_KINDS], micro_batch=16, max_length=32, rest_mb=100, prior=far
-    )
-    assert held.layer_mb == pytest.approx(counted.layer_mb, rel=0.05)  # what was measured weighs more
+        fitted([])
 
 
 def test_a_probe_that_is_not_finite_is_named() -> None:
     bad = ProbePoint(depth=3, quantized_layers=1, peak_mb=math.nan, step_s=0.1)
     with pytest.raises(TrainerError, match="depth 3 with 1 quantized layers"):
-        fit_cost([truth(1, 0), bad], micro_batch=16, max_length=32, rest_mb=100)
+        fitted([probe(1, 0), bad])

@@ -10,8 +10,7 @@ import pytest
 from edge_sdk.errors import MechanismError
 from edge_sdk.planning.choice import MEMORY_SAFETY, Budgets, Chosen, PrefixRoom, choose, predict, step_down
 from edge_sdk.planning.cost import peak_mb, prefix_row_bytes, prefix_share, step_s
-from edge_sdk.planning.fitting import fit_cost
-from edge_sdk.protocol.measure import ProbePoint
+from edge_sdk.protocol.measure import Fit, ProbePoint
 from edge_sdk.protocol.model import DensePart, LoraModule, LoraShape, ModelShape
 from edge_sdk.protocol.spec import Candidate, TrainSpec
 
@@ -22,9 +21,10 @@ SHAPE = ModelShape(
     parameters=1, base_bytes=4,
 )  # fmt: skip
 # peak 10 + 5 d, step 12 + 2 d
-FIT = fit_cost(
-    [ProbePoint(depth=d, quantized_layers=0, peak_mb=10 + 5 * d, step_s=12 + 2 * d) for d in (1, 12)],
-    micro_batch=8, max_length=50, rest_mb=100,
+FIT = Fit(
+    micro_batch=8, max_length=50, rest_mb=100, head_mb=10, layer_mb=5, saved_mb=0, work_mb=0, forward_s=12,
+    layer_s=2, quantize_s=0,
+    probes=(ProbePoint(depth=1, quantized_layers=0, peak_mb=15, step_s=14),),
 )  # fmt: skip
 WORK = {"micro_batch": 8, "max_length": 50, "steps": 30}
 ROW_MB = 50 * 100 * 4 / 1e6

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,10 @@ pytestmark = [
 ]
 
 from families import FAMILIES, table  # noqa: E402
+from msgspec.structs import replace  # noqa: E402
 
-from edge_sdk.protocol.model import LoraShape  # noqa: E402
+from edge_sdk.planning.shapes import shape_of  # noqa: E402
+from edge_sdk.protocol.model import LoraShape, ModelShape  # noqa: E402
 from edge_sdk.training.model import TunableModel, load_model  # noqa: E402
 from edge_sdk.training.model.frozen import FLOATS  # noqa: E402
 from edge_sdk.updates.initial import initial_adapter  # noqa: E402
@@ -65,6 +68,15 @@ def step(model: TunableModel, rate: float = 0.05) -> None:
             tensor -= rate * tensor.grad / (tensor.grad.norm() + 1e-6)
 
 
+def _config_tells(live: ModelShape, folder: Path, task: str) -> None:
+    """The other source of a shape, config.json without transformers, says the same of all that is counted."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    read = shape_of(config, task=task, labels=len(LABELS))
+    assert read.parameters == pytest.approx(live.parameters, rel=0.005)
+    assert read.base_bytes == pytest.approx(live.base_bytes, rel=0.005)
+    assert replace(read, parameters=live.parameters, base_bytes=live.base_bytes) == live
+
+
 @pytest.mark.parametrize(("family", "task"), EACH)
 def test_structure(family: str, task: str, bases: dict[Any, Path]) -> None:
     row, model = FAMILIES[family], load(bases[family, task], task)
@@ -72,6 +84,7 @@ def test_structure(family: str, task: str, bases: dict[Any, Path]) -> None:
     assert (shape.layers, shape.hidden, shape.intermediate, shape.heads) == (3, 32, 64, 4)
     assert shape.vocabulary == 64 and shape.kv_heads == row.settings.get("num_key_value_heads", 4)
     assert shape.layer_path == row.layers
+    _config_tells(shape, bases[family, task], task)
     assert len(shape.modules) == row.linears
     assert {m.transposed for m in shape.modules} == {row.transposed}
     assert tuple(model.parts) == all_keys(shape)

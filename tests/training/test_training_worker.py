@@ -134,8 +134,8 @@ def test_the_fit_predicts_what_training_takes_and_the_store_really_saves(
         assert isinstance(trained, Trained), trained
         peaks[depth, quantized] = measured = trained.measured.peak_mb
         predicted = peak_mb(fit, described.shape, setup.lora, asked.candidate.setting(setup.spec))
-        # what earlier rounds left of the heap tells on a peak: mimalloc was seen a third off the prediction
-        assert abs(predicted - measured) <= max(8.0, 0.4 * measured), (depth, quantized, predicted, measured)
+        # what earlier rounds left of the heap tells on a peak
+        assert abs(predicted - measured) <= max(8.0, 0.25 * measured), (depth, quantized, predicted, measured)
         assert abs(trained.measured.rest_mb - fit.rest_mb) < 8.0
     assert peaks[6, 6] < 0.75 * peaks[6, 0]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from msgspec.structs import replace
 from torch import nn
 
 from edge_sdk.errors import BaseModelError
@@ -27,7 +28,7 @@ from edge_sdk.training.model.heads import (
     single_precision,
 )
 from edge_sdk.training.model.linear import LoraLinear
-from edge_sdk.training.model.structure import find_layers, linears_of, lora_modules, turned
+from edge_sdk.training.model.structure import find_layers, form_of, linears_of, lora_modules, turned
 from edge_sdk.training.model.tunable import TunableModel
 from edge_sdk.training.precision.weights import Dense, FrozenWeight
 
@@ -62,7 +63,7 @@ def load_model(
     config = read_config(folder, labels, task)
     net, attention = build_empty(config, folder, task)
     path, stack = find_layers(net, config.num_hidden_layers, layers)
-    modules = lora_modules(stack, lora)
+    modules, every = lora_modules(stack, lora), linears_of(stack[0])
     parameters = sum(p.numel() for p in net.parameters())
     intermediate = _intermediate(config, stack[0])
 
@@ -80,6 +81,9 @@ def load_model(
         intermediate=intermediate,
         heads=config.num_attention_heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        head_size=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        activation=_activation(config),
+        fused_attention=attention == "edge",
         vocabulary=config.vocab_size,
         layer_path=path,
         modules=modules,
@@ -87,6 +91,7 @@ def load_model(
         parameters=parameters,
         base_bytes=base_bytes,
     )
+    shape = replace(shape, **form_of(stack[0], every, shape))
     linears = {f"{i}.{m.name}": layer.get_submodule(m.name) for i, layer in enumerate(stack) for m in modules}
     parts = {f"{key}.{factor}": getattr(linear, factor) for key, linear in linears.items() for factor in "AB"}
     parts.update({f"dense.{name}": net.get_parameter(name) for name in dense})
@@ -127,6 +132,11 @@ def _intermediate(config: Any, layer: Any) -> int:
         if isinstance(value, int) and value > 0:
             return value
     return max(m.outputs for m in linears_of(layer))
+
+
+def _activation(config: Any) -> str:
+    words = (getattr(config, name, None) for name in ("hidden_act", "activation_function", "activation"))
+    return next((word for word in words if isinstance(word, str)), "")
 
 
 def _dense_names(net: Any, fresh: set[str]) -> list[str]:

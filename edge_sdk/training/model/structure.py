@@ -9,9 +9,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from edge_sdk.errors import BaseModelError
-from edge_sdk.protocol.model import LoraModule, LoraShape
+from edge_sdk.protocol.model import LoraModule, LoraShape, ModelShape
 
-__all__ = ["find_layers", "is_transposed", "linears_of", "lora_modules", "turned"]
+__all__ = ["find_layers", "form_of", "is_transposed", "linears_of", "lora_modules", "turned"]
 
 _LINEARS = 4
 """A transformer layer has at least so many: queries, keys and values apart or in one, output, two of a
@@ -81,6 +81,26 @@ def linears_of(layer: Any) -> tuple[LoraModule, ...]:
             inputs, outputs = module.weight.shape
             found.append(LoraModule(name=name, inputs=inputs, outputs=outputs, transposed=True))
     return tuple(found)
+
+
+def form_of(layer: Any, linears: Sequence[LoraModule], shape: ModelShape) -> dict[str, Any]:
+    """What a model's shape says of a layer besides its linears' widths: whether its feed-forward block has a
+    gate, told by how many weights it has, and its norms."""
+    norms = [
+        module.weight.numel()
+        for module in layer.modules()
+        if not list(module.children())
+        and isinstance(getattr(module, "weight", None), nn.Parameter)
+        and module.weight.dim() == 1
+    ]
+    weights = sum(m.inputs * m.outputs for m in linears)
+    block = weights - 2 * shape.hidden * (shape.query_width + shape.key_width)
+    wide = norms.count(shape.hidden)
+    return {
+        "gated": round(block / (shape.hidden * shape.intermediate)) > 2,
+        "norms": wide,
+        "head_norms": wide < len(norms),
+    }
 
 
 def lora_modules(layers: Sequence[Any], lora: LoraShape) -> tuple[LoraModule, ...]:

@@ -1,0 +1,238 @@
+"""``edge-agent plan``: what of a model would fit on a device class, before anything is downloaded."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import typer
+
+from edge_sdk.device.classes import DeviceClass, device_class
+from edge_sdk.errors import BaseModelError, ConfigError
+from edge_sdk.planning.cost import peak_mb
+from edge_sdk.planning.fitting import estimate
+from edge_sdk.planning.frontier import Point, Round, frontier
+from edge_sdk.planning.shapes import held_base_bytes, shape_of
+from edge_sdk.planning.work import prices
+from edge_sdk.protocol.measure import Fit
+from edge_sdk.protocol.model import LoraShape, ModelShape
+from edge_sdk.protocol.spec import Levers, Setting
+
+__all__ = ["Asked", "show_plan"]
+
+_WAYS = {
+    "plain": (Levers(), False),
+    "outputs, 8 bits": (Levers(recompute="outputs"), True),
+    "outputs, 4 bits": (Levers(activation_bits=4, recompute="outputs"), True),
+    "inner, 4 bits": (Levers(activation_bits=4, recompute="inner"), True),
+    "layer, 8 bits": (Levers(recompute="layer"), True),
+}
+_SHOWN = "outputs, 8 bits"
+"""What FedQuad trains with: its frontier is shown whole."""
+
+_LEFT = 0.75
+"""Of a memory of which no figure says what the system itself takes: so much is reckoned with."""
+_ACHIEVED = 0.25
+"""Of an accelerator's stated peak, what training reaches. An assumption: a probe replaces it."""
+_CONTEXT_MB = 500.0
+"""What CUDA itself takes of a GPU's memory."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The command's options. Rates in Mbit/s."""
+
+    model: Path
+    device_class: str | None
+    memory_mb: float | None
+    gflops: float | None
+    task: str | None
+    labels: int
+    batch: int
+    length: int
+    rank: int
+    steps: int
+    base_precision: str
+    up_mbps: float | None
+    down_mbps: float | None
+
+
+@dataclass(frozen=True)
+class _Room:
+    """What the trainer may hold in all, and where the figure comes from."""
+
+    memory_mb: float
+    source: str
+    on_gpu: bool = False
+
+
+def show_plan(asked: Asked, *, as_json: bool) -> None:
+    """Raises ConfigError and BaseModelError for what cannot be planned, with what to do."""
+    board = None if asked.device_class is None else device_class(asked.device_class)
+    config = _config(asked.model)
+    task = asked.task or _task_of(config)
+    lora = LoraShape(rank=asked.rank, alpha=2.0 * asked.rank)
+    shape = shape_of(config, task=task, labels=asked.labels, lora=lora)
+    room = _room(asked, board)
+    gflops, paced = _pace(asked, board)
+    base_mb = held_base_bytes(shape, asked.base_precision) / 1e6
+    rest_mb = base_mb + (_CONTEXT_MB if room.on_gpu else prices().process_mb)
+    reference = Setting(
+        depth=1, levers=Levers(recompute="outputs"), micro_batch=asked.batch, max_length=asked.length,
+        base_precision=asked.base_precision,
+    )  # fmt: skip
+    fit = estimate(shape, lora, reference, pace=1.0 if gflops is None else prices().gflops / gflops)
+    work = Round(asked.steps, "int8", _bps(asked.up_mbps), _bps(asked.down_mbps))
+    budget_mb = max(0.0, room.memory_mb - rest_mb)
+    found = {
+        name: frontier(
+            fit, shape, lora, msgspec.structs.replace(reference, levers=levers), budget_mb=budget_mb,
+            work=work, quantize=quantize,
+        )
+        for name, (levers, quantize) in _WAYS.items()
+    }  # fmt: skip
+    told = {
+        "estimate": True,
+        "model": shape.family,
+        "layers": shape.layers,
+        "parameters": shape.parameters,
+        "task": task,
+        "device_class": asked.device_class,
+        "runs_agent": None if board is None else board.runs_agent,
+        "memory_mb": room.memory_mb,
+        "memory_source": room.source,
+        "rest_mb": round(rest_mb, 1),
+        "budget_mb": round(budget_mb, 1),
+        "gflops": gflops,
+        "time_source": paced,
+        "least_mb": round(_least_mb(fit, shape, lora, reference), 1),
+        "ways": {name: [_told(point, gflops) for point in points] for name, points in found.items()},
+    }
+    if as_json:
+        typer.echo(json.dumps(told))
+        return
+    for line in _lines(told, board, asked):
+        typer.echo(line)
+
+
+def _told(point: Point, gflops: float | None) -> dict[str, Any]:
+    told = asdict(point)
+    for name in ("step_s", "round_s"):
+        told[name] = None if gflops is None else round(told[name], 4)
+    told["peak_mb"] = round(point.peak_mb, 1)
+    return told
+
+
+def _config(path: Path) -> dict[str, Any]:
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        found = msgspec.json.decode(file.read_bytes())
+    except OSError as error:
+        raise BaseModelError(
+            f"{file} cannot be read: {error.strerror}", "--model names a model's config.json, or its folder"
+        ) from None
+    except msgspec.DecodeError as error:
+        raise BaseModelError(f"{file} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise BaseModelError(f"{file} holds no object", "--model names a model's config.json")
+    return found
+
+
+def _task_of(config: dict[str, Any]) -> str:
+    kinds = config.get("architectures") or [""]
+    return "causal-lm" if str(kinds[0]).endswith(("ForCausalLM", "LMHeadModel")) else "classification"
+
+
+def _room(asked: Asked, board: DeviceClass | None) -> _Room:
+    if asked.memory_mb is not None:
+        return _Room(asked.memory_mb, "given")
+    if board is None:
+        raise ConfigError(
+            "nothing says how much memory there is",
+            "name a device with --device-class, or what the trainer may hold with --memory-mb",
+        )
+    if board.accelerator_memory_mb is not None:
+        return _Room(
+            board.accelerator_memory_mb.value, "the accelerator's own memory, as stated", on_gpu=True
+        )
+    if board.visible_mb is not None and board.idle_mb is not None:
+        return _Room(board.visible_mb.value - board.idle_mb.value, "what an idle board of the kind has left")
+    if board.memory_mb is None:
+        raise ConfigError(
+            f"the device class {board.name} states no memory: no figure holds for all of its kind",
+            "say with --memory-mb what the trainer may hold",
+        )
+    text = f"{_LEFT:.0%} of the memory stated: no figure tells what the system itself takes"
+    return _Room(_LEFT * board.memory_mb.value, text)
+
+
+def _pace(asked: Asked, board: DeviceClass | None) -> tuple[float | None, str]:
+    """Giga floating point operations a second, and where the figure comes from; None: no seconds are told."""
+    if asked.gflops is not None:
+        return asked.gflops, "given"
+    half = asked.base_precision in ("bf16", "fp16")
+    for figure in (None if board is None else (board.fp16_tflops if half else board.fp32_tflops),):
+        if figure is not None:
+            return (
+                1000 * _ACHIEVED * figure.value,
+                f"{_ACHIEVED:.0%} of the accelerator's stated peak, assumed",
+            )
+    return None, (
+        "seconds are not told: "
+        + ("no device class is named" if board is None else f"{board.name} states no throughput for this")
+        + "; give --gflops, which edge-agent profile measures"
+    )
+
+
+def _bps(mbps: float | None) -> float | None:
+    return None if mbps is None else 1e6 * mbps
+
+
+def _least_mb(fit: Fit, shape: ModelShape, lora: LoraShape, reference: Setting) -> float:
+    """Above rest, of one layer in the way that takes least."""
+    one = msgspec.structs.replace(reference, quantized_layers=1)
+    ways = (levers for levers, quantize in _WAYS.values() if quantize)
+    return min(peak_mb(fit, shape, lora, msgspec.structs.replace(one, levers=levers)) for levers in ways)
+
+
+def _lines(told: dict[str, Any], board: DeviceClass | None, asked: Asked) -> list[str]:
+    where = "this memory" if board is None else board.title
+    lines = [
+        f"ESTIMATE: {told['model']}, {told['layers']} layers, {told['parameters'] / 1e6:.0f} M weights "
+        f"in {asked.base_precision}, {told['task']}, batch {asked.batch}, length {asked.length}, on {where}",
+        f"memory    {told['memory_mb']:.0f} MB ({told['memory_source']}); at rest {told['rest_mb']:.0f}; "
+        f"to train with {told['budget_mb']:.0f}, of which predictions fill nine tenths",
+        f"time      {told['time_source']}",
+    ]
+    if board is not None and board.runs_agent != "native":
+        lines.append(f"agent     {board.runs_agent}: {board.why}")
+    ways = told["ways"]
+    if not any(ways.values()):
+        return [*lines, f"nothing fits: the least takes {told['least_mb']:.0f} MB above rest"]
+    lines += ["", f"{_SHOWN}: the fewest quantized layers with which each depth fits"]
+    head = ("depth", "quantized", "peak MB", "step s", "up kB", "round s")
+    lines.append("  ".join(f"{word:>9}" for word in head))
+    for point in ways[_SHOWN]:
+        cells = (
+            point["depth"], point["quantized_layers"], f"{point['peak_mb']:.0f}", _seconds(point["step_s"]),
+            f"{point['bytes_up'] / 1e3:.0f}", _seconds(point["round_s"]),
+        )  # fmt: skip
+        lines.append("  ".join(f"{cell:>9}" for cell in cells))
+    lines += ["", "deepest with"]
+    for name, points in ways.items():
+        if not points:
+            lines.append(f"  {name:<16} nothing fits")
+            continue
+        last = points[-1]
+        lines.append(
+            f"  {name:<16} depth {last['depth']} of {told['layers']}, {last['quantized_layers']} quantized: "
+            f"{last['peak_mb']:.0f} MB, {_seconds(last['step_s'])} s a step"
+        )
+    return lines
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"

@@ -1,0 +1,233 @@
+"""What a training holds, counted from the model's shape: no machine is known here, and nothing is measured.
+
+Counted are bytes: of what a tuned layer keeps from its forward to its backward pass under each lever, of the
+optimizer's state, and of what a pass needs besides while it works (its *room*). The highest of a step is
+reached in one of a few phases, and ``cost`` takes the largest of them:
+
+    frozen    a layer below the tuned ones computes; of the tuned ones only their state is there
+    loss      everything is kept, and logits are made
+    backward  everything is kept, and the top tuned layer goes back
+    packed    the plain layers are done, and the top quantized layer goes back
+
+Per token a layer keeps, with widths h (hidden), q and k (queries; keys, values) and i (feed-forward):
+
+    none      norm inputs n h, inputs of attention and block 2 h, q + 2 k and the output q; i before and i
+              after the function, with a gate 4 i
+    outputs   norm outputs n h, q + 2 k; i, with a gate 2 i          inner    the same without i
+    layer     h
+
+Values that are packed take ``bits`` and a share of their group's scale and offset.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from edge_sdk.protocol.base_plan import QUANTIZED_WORDS
+from edge_sdk.protocol.model import LoraShape, ModelShape
+from edge_sdk.protocol.spec import Setting
+
+__all__ = ["BITS", "GROUP", "RECOMPUTE", "Counted", "Targets", "counted", "kept_values", "packed_bytes"]
+
+BITS = (8, 4, 2)
+RECOMPUTE = ("none", "outputs", "inner", "layer")
+
+GROUP = 32
+"""Packed values that share a scale and an offset: of 4 bytes each at 8 bits, of 2 below."""
+
+CHUNK_VALUES = 3 << 18
+"""Inner values that the feed-forward block has at a time where it runs in chunks."""
+
+LOSS_BYTES = 32 << 20
+"""Logits of a causal LM that exist at a time, at most."""
+
+DECODED_BYTES = 16 << 20
+"""Of a weight of a packed base that is made whole at a time, at most."""
+
+_SCORES = 1 << 18
+"""Scores that the attention inside the store has at a time, three float32 each."""
+
+_PIECES_BYTES = 8e6
+"""What was let go of a moment ago and is not yet given back, at most: where tensors are packed as soon as
+they are made, and unpacked again, a heap lies in pieces. As seen under mimalloc; in plain layers half."""
+
+_COMPOSED = {"gelu_new": 4, "gelu_fast": 4, "gelu_python": 3, "quick_gelu": 3, "relu2": 2}
+"""Tensors of width i that an activation function saves which its model composes of several operations."""
+
+_STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.04, "paged-adamw8bit": 2.04, "sgd": 0.0}
+"""Moments of a trained value."""
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Bytes. ``plain`` and ``packed``: what a tuned layer keeps; the rest is named in the module's text."""
+
+    plain: float
+    packed: float
+    state: float
+    """Of a tuned layer's optimizer, and its gradients where they stay over batches."""
+    head: float
+    """State of the task's head, and the adapter that training began from."""
+    edge: float
+    """What is kept once: the input of the lowest tuned layer, or of a decoder's last norm."""
+    plain_room: float
+    packed_room: float
+    frozen_room: float
+    loss_room: float
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Which of a layer's linears have a trained A, and so keep their input."""
+
+    attention: bool
+    out: bool
+    up: bool
+    down: bool
+    linears: int
+
+    @classmethod
+    def of(cls, shape: ModelShape, factors: str) -> Targets:
+        kinds = [_kind(m.name, m.inputs, m.outputs, shape) for m in shape.modules]
+        has_a = "A" in factors
+        kept = {kind: has_a and kind in kinds for kind in ("attention", "out", "up", "down")}
+        return cls(**kept, linears=len(kinds))
+
+
+_OUT = ("o_proj", "out_lin", "c_proj", "dense")
+
+
+def _kind(name: str, inputs: int, outputs: int, shape: ModelShape) -> str:
+    if inputs == shape.intermediate and outputs == shape.hidden:
+        return "down"
+    last = name.rsplit(".", 1)[-1]
+    if (
+        inputs == shape.query_width
+        and outputs == shape.hidden
+        and last in _OUT
+        and "intermediate" not in name
+    ):
+        return "out"
+    return "up" if outputs in (shape.intermediate, shape.inner_width) else "attention"
+
+
+def packed_bytes(bits: int) -> float:
+    """Of one packed value."""
+    return (bits + (64 if bits == 8 else 32) / GROUP) / 8
+
+
+def value_bytes(base_precision: str) -> int:
+    """Of one activation: the residual stream has the base's own dtype; that of a packed base is fp32."""
+    return 2 if base_precision in ("bf16", "fp16") else 4
+
+
+def kept_values(shape: ModelShape, targets: Targets, recompute: str, length: int, *, inside: bool) -> float:
+    """Values as wide as the layer that it keeps of a token.
+
+    ``inside``: attention is inside the activation store: keys and values are kept once for all the heads
+    that read them, and its output only for who needs it.
+    """
+    h, q, k, i = shape.hidden, shape.query_width, shape.key_width, shape.intermediate
+    if recompute == "layer":
+        return h
+    again = recompute in ("outputs", "inner")
+    values = float(shape.norms * h)
+    if not again:
+        # beside the norms' inputs, what the linears behind them read
+        values += (targets.attention + (targets.up and shape.norms > 1)) * h
+    if shape.head_norms:
+        values += q + k
+    if not shape.fused_attention:
+        values += q + 2 * k + q + 2 * shape.heads * length
+    elif inside:
+        values += q + 2 * k + (targets.out and not again) * q
+    else:
+        values += 4 * q
+    if recompute == "inner":
+        return values
+    if again:
+        return values + shape.inner_width
+    before = _COMPOSED.get(shape.activation, 1) * i
+    return values + before + (2 * i if shape.gated else 0) + targets.down * i
+
+
+@lru_cache(maxsize=4096)
+def counted(shape: ModelShape, lora: LoraShape, setting: Setting) -> Counted:
+    """Of a setting; its depth and its number of quantized layers do not matter here."""
+    levers, recompute = setting.levers, setting.levers.recompute
+    size, rows = value_bytes(setting.base_precision), setting.micro_batch * setting.max_length
+    targets = Targets.of(shape, setting.factors)
+    inside = shape.fused_attention
+    per_value = packed_bytes(levers.activation_bits)
+
+    def wide(of: str, packed: bool) -> float:
+        return kept_values(shape, targets, of, setting.max_length, inside=inside and (packed or of != "none"))
+
+    narrow = lora.rank * targets.linears * ("B" in setting.factors) * size + 8 * shape.norms
+    if recompute == "layer":
+        narrow = 0
+    # torch's own fused attention keeps a sum for each row, and the mask as it computes with it
+    sums = 4 * (shape.heads + setting.max_length) if inside and recompute == "none" else 0.0
+    unit = float(rows * shape.hidden * size)
+    values = sum(
+        lora.rank * (m.inputs * ("A" in setting.factors) + m.outputs * ("B" in setting.factors))
+        for m in shape.modules
+    )
+    per_trained = _STATE_BYTES.get(setting.optimizer, 8.0) + 4 * (setting.accumulation > 1)
+    begun = 4.0 * (shape.layers * shape.lora_values(lora.rank) + shape.dense_values())
+    plain_room, packed_room = _rooms(shape, setting, rows, size)
+    if recompute == "layer":  # the layer runs again, and keeps what lever outputs keeps
+        again = kept_values(shape, targets, "outputs", setting.max_length, inside=False)
+        inner = shape.inner_width
+        plain_room += rows * size * again
+        packed_room += rows * (size * (again - inner) + per_value * inner)
+    decoded = _decoded(shape, setting)
+    return Counted(
+        plain=rows * (size * wide(recompute, False) + narrow + sums),
+        packed=rows * (per_value * wide(recompute, True) + narrow),
+        state=per_trained * values,
+        head=(per_trained + 4) * shape.dense_values() + begun,
+        edge=unit,
+        plain_room=plain_room + decoded,
+        packed_room=packed_room + decoded,
+        frozen_room=unit * 2 + rows * size * _forward_inner(shape) + decoded,
+        loss_room=_loss_room(shape, rows, unit) + decoded,
+    )
+
+
+def _forward_inner(shape: ModelShape) -> float:
+    """Inner values of a plain block that exist at once in a forward pass, of a token."""
+    return (3 if shape.gated else 2 + (shape.activation in _COMPOSED)) * shape.intermediate
+
+
+def _rooms(shape: ModelShape, setting: Setting, rows: int, size: int) -> tuple[float, float]:
+    """What the backward pass of a layer needs besides what is kept: of a plain layer, of a packed one."""
+    h, i = shape.hidden, shape.intermediate
+    unit, inner = rows * h * size, rows * i * size
+    pieces = min(5.0 * unit, _PIECES_BYTES)
+    if setting.levers.recompute == "none":
+        if shape.gated:
+            return 2 * inner + 2 * unit + pieces / 2, 5 * inner + 2 * unit + pieces
+        more = (_COMPOSED.get(shape.activation, 1) - 1) * inner
+        return inner + 2 * unit + more / 2 + pieces / 2, 3 * inner + 2 * unit + more + pieces
+    chunk = min(rows * i, CHUNK_VALUES) * 4 * (6 if shape.gated else 3)
+    block = 2 * unit + chunk
+    scores = 12 * min(_SCORES, shape.heads * setting.max_length**2)
+    attention = 2 * unit + rows * size * (shape.query_width + 2 * shape.key_width) + scores
+    room = float(max(block, attention))
+    return room + pieces / 2, room + unit + pieces
+
+
+def _loss_room(shape: ModelShape, rows: int, unit: float) -> float:
+    if shape.dense:
+        return 0.0
+    return min(LOSS_BYTES, 4.0 * rows * shape.vocabulary) + 2 * unit
+
+
+def _decoded(shape: ModelShape, setting: Setting) -> float:
+    """Weights of a packed base that are made whole: those of a block in chunks once for all of them."""
+    if setting.base_precision not in QUANTIZED_WORDS:
+        return 0.0
+    largest = max((m.inputs * m.outputs for m in shape.modules), default=shape.hidden**2)
+    return float(min(4 * largest, DECODED_BYTES))

@@ -1,0 +1,139 @@
+"""How long a step takes, counted from the model's shape and priced: seconds of the machine of the prices.
+
+Counted is what costs time: products of the linears and of attention, the weights that they read, values that
+pass elementwise operations, LoRA's narrow products, calls, values packed and unpacked. What each costs is
+data, measured on one machine (``prices.toml``); a device's fit scales it by what the device measured.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from importlib import resources
+
+from edge_sdk.planning.memory import Targets, kept_values
+from edge_sdk.protocol.model import LoraShape, ModelShape
+from edge_sdk.protocol.spec import Setting
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = ["FORWARD", "Prices", "Worked", "counts", "prices", "worked"]
+
+_GIGA = 1e9
+Counts = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Prices:
+    """Seconds for 10^9 of each; ``packing``: of packing a value and unpacking it again, by kernel and bits.
+
+    ``gflops``: what the machine does at best in a large product; ``process_mb``: what a trainer holds at rest
+    besides the base's weights; ``fixed_mb``: what a training takes whatever its size.
+    """
+
+    made: str
+    machine: str
+    seconds: Mapping[str, float]
+    packing: Mapping[str, Mapping[str, float]]
+    gflops: float
+    process_mb: float
+    fixed_mb: float
+
+    def of(self, counts: Mapping[str, float]) -> float:
+        return sum(self.seconds[name] * count for name, count in counts.items()) / _GIGA
+
+    def pack(self, kernel: str, bits: int, rounding: str) -> float:
+        """For a kernel without a price that of the composed operations: which are priced everywhere."""
+        table = self.packing.get(kernel) or self.packing["composed"]
+        extra = self.packing["composed"]["stochastic"] if rounding == "stochastic" else 0.0
+        return (table[str(bits)] + extra) / _GIGA
+
+
+@cache
+def prices() -> Prices:
+    text = resources.files("edge_sdk.planning").joinpath("prices.toml").read_text(encoding="utf-8")
+    return Prices(**tomllib.loads(text))
+
+
+@dataclass(frozen=True)
+class Worked:
+    """Seconds of one batch on the machine of the prices: of the forward pass with head and loss, of a tuned
+    layer's backward pass with what it makes again, of packing what a quantized layer keeps."""
+
+    forward_s: float
+    layer_s: float
+    quantize_s: float
+
+
+FORWARD = ("linear", "weight", "attention", "element", "lora", "call")
+
+
+def counts(shape: ModelShape, lora: LoraShape, setting: Setting) -> tuple[Counts, Counts, float]:
+    """Of the forward pass, of a tuned layer, and the values that a quantized layer packs."""
+    rows, length = setting.micro_batch * setting.max_length, setting.max_length
+    one = _layer_forward(shape, lora, rows, length)
+    forward = {name: shape.layers * one[name] for name in FORWARD}
+    if not shape.dense:  # logits and their gradient are made in the forward pass
+        forward["linear"] += 4 * rows * shape.hidden * shape.vocabulary
+        forward["weight"] += 8 * shape.hidden * shape.vocabulary
+        forward["element"] += 4 * rows * shape.vocabulary
+    forward["trained"] = float(shape.dense_values())
+    layer = _layer_backward(shape, lora, setting, one)
+    targets = Targets.of(shape, setting.factors)
+    packed = kept_values(shape, targets, setting.levers.recompute, length, inside=shape.fused_attention)
+    return forward, layer, rows * packed
+
+
+def _layer_forward(shape: ModelShape, lora: LoraShape, rows: int, length: int) -> Counts:
+    widths = sum(m.inputs + m.outputs for m in shape.modules)
+    return {
+        "linear": 2.0 * rows * shape.linear_weights,
+        "weight": 4.0 * shape.linear_weights,
+        "attention": 4.0 * rows * length * shape.query_width,
+        "element": float(rows * (8 * shape.hidden + 2 * shape.inner_width)),
+        "lora": 2.0 * rows * lora.rank * widths,
+        "call": 1.0,
+    }
+
+
+def _layer_backward(shape: ModelShape, lora: LoraShape, setting: Setting, one: Counts) -> Counts:
+    rows, recompute = setting.micro_batch * setting.max_length, setting.levers.recompute
+    trained = sum(
+        lora.rank * (m.inputs * ("A" in setting.factors) + m.outputs * ("B" in setting.factors))
+        for m in shape.modules
+    )
+    layer = {
+        "linear": one["linear"],
+        "weight": one["weight"],
+        "attention": 2.5 * one["attention"],
+        "element": 1.5 * one["element"],
+        "lora": one["lora"] + 2.0 * rows * trained,
+        "tuned": 1.0,
+        "trained": float(trained),
+    }
+    if recompute in ("outputs", "inner"):
+        layer["attention"] += one["attention"]
+        layer["element"] += rows * (shape.intermediate + shape.hidden)
+    if recompute == "inner":
+        share = shape.inner_width * shape.hidden / shape.linear_weights
+        for name in ("linear", "weight"):
+            layer[name] += share * one[name]
+    if recompute == "layer":
+        for name in FORWARD[:-1]:
+            layer[name] += one[name]
+        layer["tuned"] += 1.0
+    return layer
+
+
+@lru_cache(maxsize=4096)
+def worked(shape: ModelShape, lora: LoraShape, setting: Setting, kernel: str = "fbgemm") -> Worked:
+    """Depth and number of quantized layers do not matter here."""
+    table = prices()
+    forward, layer, packed = counts(shape, lora, setting)
+    price = table.pack(kernel, setting.levers.activation_bits, setting.levers.activation_rounding)
+    return Worked(table.of(forward), table.of(layer), packed * price)

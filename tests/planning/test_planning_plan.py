@@ -1,0 +1,142 @@
+"""``edge-agent plan`` and what it rests on: shapes from config.json, frontiers of a counted fit."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from edge_sdk.cli.planning import Asked, show_plan
+from edge_sdk.errors import BaseModelError, ConfigError
+from edge_sdk.planning.cost import peak_mb
+from edge_sdk.planning.fitting import estimate
+from edge_sdk.planning.frontier import Round, frontier
+from edge_sdk.planning.shapes import held_base_bytes, shape_of
+from edge_sdk.protocol.model import LoraShape
+from edge_sdk.protocol.spec import Levers, Setting
+
+ROBERTA = {
+    "model_type": "roberta", "vocab_size": 50265, "hidden_size": 768, "intermediate_size": 3072,
+    "num_hidden_layers": 12, "num_attention_heads": 12, "max_position_embeddings": 514, "type_vocab_size": 1,
+    "hidden_act": "gelu",
+}  # fmt: skip
+LLAMA = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "hidden_size": 2048,
+    "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "head_dim": 64, "tie_word_embeddings": True,
+}  # fmt: skip
+LORA = LoraShape(rank=8)
+ASKED = Asked(
+    model=Path(), device_class=None, memory_mb=None, gflops=None, task=None, labels=2, batch=8, length=128,
+    rank=8, steps=25, base_precision="fp32", up_mbps=10.0, down_mbps=None,
+)  # fmt: skip
+
+
+def test_known_models_have_their_known_size() -> None:
+    assert shape_of(ROBERTA).parameters == pytest.approx(125e6, rel=0.01)
+    llama = shape_of(LLAMA, task="causal-lm")
+    assert llama.parameters == pytest.approx(1.236e9, rel=0.005)
+    assert held_base_bytes(llama, "nf4") < 0.2 * held_base_bytes(llama, "fp32")
+    assert shape_of(ROBERTA, lora=LoraShape(targets=("query", "value"))).modules[1].name.endswith("value")
+
+
+def test_what_cannot_be_read_is_refused_with_what_can() -> None:
+    with pytest.raises(BaseModelError, match=r"'t5' cannot be planned.*bert, .*roberta"):
+        shape_of({"model_type": "t5"})
+    with pytest.raises(BaseModelError, match="has no num_hidden_layers"):
+        shape_of({k: v for k, v in ROBERTA.items() if k != "num_hidden_layers"})
+    with pytest.raises(BaseModelError, match=r"lora\.targets may name"):
+        shape_of(ROBERTA, lora=LoraShape(targets=("nowhere",)))
+
+
+# Batch 8, length 128, every layer tuned, LoRA of rank 8 on all linears: measured under mimalloc on another
+# machine and told in docs/training-memory.md, as shares of plain's 632 MB.
+@pytest.mark.parametrize(
+    ("recompute", "bits", "share"),
+    [("none", 0, 1.0), ("outputs", 0, 0.57), ("inner", 0, 0.34), ("layer", 0, 0.15), ("outputs", 8, 0.22),
+     ("outputs", 4, 0.15), ("inner", 4, 0.13)],
+)  # fmt: skip
+def test_estimates_are_within_a_quarter_of_what_was_measured(recompute: str, bits: int, share: float) -> None:
+    shape = shape_of(ROBERTA, labels=4)
+    reference = Setting(depth=1, micro_batch=8, max_length=128, optimizer="sgd")
+    wanted = replace(
+        reference, depth=12, quantized_layers=12 if bits else 0,
+        levers=Levers(activation_bits=bits or 8, recompute=recompute),
+    )  # fmt: skip
+    assert peak_mb(estimate(shape, LORA, reference), shape, LORA, wanted) == pytest.approx(
+        632 * share, rel=0.25
+    )
+
+
+def test_every_lever_takes_less_memory_and_fewer_bits_take_less_again() -> None:
+    shape = shape_of(LLAMA, task="causal-lm")
+    reference = Setting(depth=16, quantized_layers=16, micro_batch=2, max_length=512)
+
+    def peak(recompute: str, bits: int, **more: object) -> float:
+        wanted = replace(reference, levers=Levers(activation_bits=bits, recompute=recompute), **more)
+        # a fit is of the precision that a device holds its base in
+        fit = estimate(shape, LORA, replace(reference, base_precision=wanted.base_precision))
+        return peak_mb(fit, shape, LORA, wanted)
+
+    for order in (
+        [peak(way, 8) for way in ("none", "outputs", "inner", "layer")],
+        [peak("outputs", 8, quantized_layers=a) for a in (0, 4, 10, 16)],
+        [peak("outputs", bits) for bits in (8, 4, 2)],
+        [peak("outputs", 8, micro_batch=b) for b in (8, 4, 2, 1)],
+        [peak("none", 8, factors=f) for f in ("AB", "B")],
+        [peak("outputs", 8, optimizer=o) for o in ("adamw", "adamw8bit", "sgd")],
+        [peak("outputs", 8, accumulation=n) for n in (2, 1)],
+        [peak("outputs", 8, base_precision=p) for p in ("nf4", "fp32", "bf16")],
+    ):
+        assert all(more > less for more, less in pairwise(order)), order
+
+
+def test_a_frontier_grows_with_memory_and_quantizes_only_where_it_must() -> None:
+    shape = shape_of(ROBERTA)
+    reference = Setting(depth=1, levers=Levers(recompute="outputs"), micro_batch=8, max_length=128)
+    fit = estimate(shape, LORA, reference)
+    deepest = []
+    for budget in (20.0, 120.0, 200.0, 300.0, 1000.0):
+        points = frontier(fit, shape, LORA, reference, budget_mb=budget, work=Round(10, "int8"))
+        deepest.append(len(points))
+        assert all(point.peak_mb <= 0.9 * budget for point in points)
+        assert all(a.step_s < b.step_s and a.bytes_up < b.bytes_up for a, b in pairwise(points))
+        for point in points:
+            if point.quantized_layers:
+                fewer = replace(reference, depth=point.depth, quantized_layers=point.quantized_layers - 1)
+                assert peak_mb(fit, shape, LORA, fewer) > 0.9 * budget
+    assert deepest == sorted(deepest) and deepest[0] == 0 and deepest[-1] == 12
+
+
+def test_the_command_tells_an_estimate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(ROBERTA))
+    asked = Asked(**{**vars(ASKED), "model": tmp_path, "device_class": "raspberry-pi-5", "gflops": 20.0})
+    show_plan(asked, as_json=True)
+    told = json.loads(capsys.readouterr().out)
+    assert told["estimate"] is True and told["device_class"] == "raspberry-pi-5" and told["layers"] == 12
+    assert told["rest_mb"] + told["budget_mb"] == pytest.approx(told["memory_mb"], abs=0.2)
+    (first, *_, last) = told["ways"]["outputs, 8 bits"]
+    assert last["depth"] == 12 and first["step_s"] < last["step_s"] and first["bytes_up"] > 0
+    show_plan(asked, as_json=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("ESTIMATE: roberta") and "Raspberry Pi 5" in lines[0]
+
+
+def test_without_figures_there_are_reasons(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(ROBERTA))
+    with pytest.raises(ConfigError, match="--device-class"):
+        show_plan(Asked(**{**vars(ASKED), "model": file}), as_json=False)
+    with pytest.raises(ConfigError, match="laptop-cpu states no memory"):
+        show_plan(Asked(**{**vars(ASKED), "model": file, "device_class": "laptop-cpu"}), as_json=False)
+    show_plan(Asked(**{**vars(ASKED), "model": file, "memory_mb": 1000.0}), as_json=True)
+    told = json.loads(capsys.readouterr().out)
+    assert "--gflops" in told["time_source"]
+    assert all(point["step_s"] is None for points in told["ways"].values() for point in points)
+    show_plan(Asked(**{**vars(ASKED), "model": file, "memory_mb": 860.0}), as_json=False)
+    assert "nothing fits: the least takes" in capsys.readouterr().out
+    with pytest.raises(BaseModelError, match="cannot be read"):
+        show_plan(Asked(**{**vars(ASKED), "model": tmp_path / "no.json", "memory_mb": 1.0}), as_json=False)
