@@ -99,6 +99,14 @@ def test_an_insecure_broker_shows(world: World, command: Command) -> None:
     assert "INSECURE" in command("status", "-c", str(world.folder / "run.toml"))[1]
 
 
+def test_a_merged_model_of_a_quantized_base_is_refused(world: World, command: Command) -> None:
+    config = world.folder / "run.toml"
+    config.write_text(TOML + '[trainer]\nbase_precision = "nf4"\n')
+    code, _, told = command("export", "-c", str(config), "--out", str(world.folder / "m"), "--merged")
+    assert code == 78 and "quantized base" in told and "without --merged" in told.splitlines()[1]
+    assert not (world.folder / "m").exists()
+
+
 def test_devices_rounds_versions(world: World, command: Command) -> None:
     config = str(world.folder / "run.toml")
     assert "kitchen (jetson-nano, emulated)" in command("devices", "-c", config)[1]
