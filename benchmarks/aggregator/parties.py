@@ -39,6 +39,7 @@ def write_files(
     window: int = 2,
     rank: int = 2,
     evaluate: bool = True,
+    method: str = "METHOD",
     rest: str = "",
 ) -> None:
     """A base of one tensor, rows, ``run.toml``, and ``NAME.toml`` for each device."""
@@ -52,7 +53,7 @@ def write_files(
     link = f'[broker]\nurl = "{broker}"\nnamespace = "{namespace}"\n'
     evaluation = '[evaluation.data]\npath = "rows.jsonl"\n' if evaluate else ""
     (folder / "run.toml").write_text(
-        '[run]\nname = "crashes"\nmethod = "benchmarks.aggregator.crash_method:METHOD"\n'
+        f'[run]\nname = "crashes"\nmethod = "benchmarks.aggregator.methods:{method}"\n'
         f'labels = ["no", "yes"]\nstate_dir = "server"\n[base]\npath = "base"\n{link}'
         f"[lora]\nrank = {rank}\nalpha = 4.0\n[training]\nsteps = 5\nbatch = 8\nmax_length = 32\n"
         f"[rounds]\ntotal = {rounds}\nmin_devices = {len(devices)}\ndeadline_s = 600\nlinger_s = 20\n"
@@ -61,7 +62,7 @@ def write_files(
     for name in devices:
         (folder / f"{name}.toml").write_text(
             f'[agent]\nid = "{name}"\nstate_dir = "state-{name}"\n{link}[base]\npath = "base"\n'
-            '[data]\npath = "rows.jsonl"\n[limits]\nmemory_mb = 1000\n'
+            '[data]\npath = "rows.jsonl"\n[limits]\nmemory_mb = 4000\n'
         )
 
 

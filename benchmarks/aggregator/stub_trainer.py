@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -34,7 +35,7 @@ from edge_sdk.protocol.trainer import (
     decode_request,
 )
 from edge_sdk.updates.delta import write_update
-from edge_sdk.updates.keys import tuned_keys
+from edge_sdk.updates.keys import part_sizes, tuned_keys
 from edge_sdk.updates.residual import add_owed, read_residual, write_residual
 from edge_sdk.updates.versions import read_adapter
 
@@ -54,16 +55,22 @@ MECHANISMS = tuple(sorted(TrainSpec().needs() | Candidate(id="x", depth=1, quant
 ONCE = "STUB_ONCE"
 
 
-def shape_of(width: int) -> ModelShape:
-    """Four layers of one module; an adapter of rank r has 8 r ``width`` values and a small head."""
+IDLE = "STUB_IDLE"
+"""Set: an update that changes nothing, made as cheaply as can be."""
+
+
+def shape_of(size: str) -> ModelShape:
+    """``LAYERSxMODULESxWIDTH``; an adapter of rank r has 2 r times the product of them, and a small head."""
+    layers, modules, width = map(int, size.split("x"))
     return ModelShape(
-        family="bert", layers=4, hidden=width, intermediate=2 * width, heads=2, vocabulary=100,
-        layer_path="bert.encoder.layer", modules=(LoraModule(name="query", inputs=width, outputs=width),),
+        family="bert", layers=layers, hidden=width, intermediate=2 * width, heads=2, vocabulary=100,
+        layer_path="bert.encoder.layer",
+        modules=tuple(LoraModule(name=f"query{i}", inputs=width, outputs=width) for i in range(modules)),
         dense=(DensePart(name="classifier.weight", shape=(2, 16)),), parameters=10_000, base_bytes=40_000,
     )  # fmt: skip
 
 
-SHAPE = shape_of(int(os.environ.get("STUB_WIDTH", "16")))
+SHAPE = shape_of(os.environ.get("STUB_SHAPE", "4x1x16"))
 
 
 def reached(place: str) -> None:
@@ -86,8 +93,8 @@ def described(request: Describe) -> Described:
 def probed(request: Probe) -> Probed:
     reached("trainer.probing")
     points = (
-        ProbePoint(depth=4, quantized_layers=0, peak_mb=50, step_s=0.001),
-        ProbePoint(depth=4, quantized_layers=4, peak_mb=30, step_s=0.001),
+        ProbePoint(depth=SHAPE.layers, quantized_layers=0, peak_mb=50, step_s=0.001),
+        ProbePoint(depth=SHAPE.layers, quantized_layers=SHAPE.layers, peak_mb=30, step_s=0.001),
     )
     fit = Fit(
         micro_batch=request.setup.micro_batch, max_length=request.setup.max_length, levers=request.levers,
@@ -99,11 +106,23 @@ def probed(request: Probe) -> Probed:
 
 def trained(request: Train) -> Trained:
     reached("trainer.training")
-    start = read_adapter([Path(path) for path in request.versions])
+    began = time.perf_counter()
     random = np.random.default_rng(zlib.crc32(f"{request.device} {request.round}".encode()))
-    end = {
-        key: rows + 0.01 * random.standard_normal(rows.shape, dtype=np.float32) for key, rows in start.items()
-    }
+    idle = bool(os.environ.get(IDLE))
+    if idle:
+        start = {
+            key: np.zeros(size, np.float32) for key, size in part_sizes(SHAPE, request.setup.lora).items()
+        }
+    else:
+        start = read_adapter([Path(path) for path in request.versions])
+    end = (
+        start
+        if idle
+        else {
+            key: rows + 0.01 * random.standard_normal(rows.shape, dtype=np.float32)
+            for key, rows in start.items()
+        }
+    )
     residual = None
     if request.spec.error_feedback:
         residual = {} if request.residual is None else read_residual(Path(request.residual))
@@ -119,7 +138,8 @@ def trained(request: Train) -> Trained:
         write_residual(folder / "residual.safetensors", left, **facts)
     reached("trainer.residual")
     measured = Measured(
-        rest_mb=100, peak_mb=request.candidate.peak_mb, train_s=0.001, step_s=0.001, steps=1,
+        rest_mb=100, peak_mb=request.candidate.peak_mb,
+        train_s=time.perf_counter() - began if idle else 0.001, step_s=0.001, steps=1,
         loss_first=2.0, loss_last=1.0,
     )  # fmt: skip
     return Trained(

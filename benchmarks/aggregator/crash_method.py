@@ -1,9 +1,0 @@
-"""A method whose result depends on nothing that is measured: every device trains all layers, every time."""
-
-from aggregator.merging.layer_mean import LayerMean
-from aggregator.methods.base import Method
-from aggregator.planner.allocation import FullDepth
-
-METHOD = Method(
-    name="full-int8", allocation=FullDepth(), merge=LayerMean(), codec="int8", error_feedback=True
-)
