@@ -103,7 +103,9 @@ class MemoryBroker:
         elif retain:
             self._retained.pop(topic, None)
         for client in list(self._clients.values()):
-            if client.connected and any(matches(f, topic) for f in client._filters):
+            if client.connected and (
+                topic in client._exact or any(matches(f, topic) for f in client._patterns)
+            ):
                 client._deliver_to(Inbound(topic, payload))
 
 
@@ -114,6 +116,9 @@ class MemoryTransport:
         self.client_id = client_id
         self._broker = broker
         self._filters: list[str] = []
+        self._exact: set[str] = set()
+        """Filters without a wildcard: with a thousand clients, matching one by one would be all there is."""
+        self._patterns: list[str] = []
         self._deliver: Callable[[Inbound | Connection], None] | None = None
         self._will: Will | None = None
         self._connected = False
@@ -141,6 +146,10 @@ class MemoryTransport:
         with self._broker._lock:
             if topic_filter not in self._filters:
                 self._filters.append(topic_filter)
+                if "+" in topic_filter or "#" in topic_filter:
+                    self._patterns.append(topic_filter)
+                else:
+                    self._exact.add(topic_filter)
                 if self._connected:
                     self._broker._replay(self, topic_filter)
 
@@ -167,6 +176,9 @@ class MemoryTransport:
         self._connected = False
         if self._deliver is not None:
             self._deliver(Connection(up=False, error=BrokerError(why)))
+
+    def _wants(self, topic: str) -> bool:
+        return topic in self._exact or any(matches(one, topic) for one in self._patterns)
 
     def _deliver_to(self, message: Inbound) -> None:
         if self._deliver is not None:
