@@ -31,7 +31,7 @@ from edge_sdk.faults import AGENT_PLACES, AGGREGATOR_PLACES, VARIABLE
 ROUNDS = 2
 DEVICES = ("one", "two")
 VICTIM = "one"
-LONGEST_S = 60.0
+LONGEST_S = 120.0
 NEVER = ("decline.noted",)
 """Nobody declines in these runs."""
 AGAIN = (
