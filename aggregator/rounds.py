@@ -19,13 +19,14 @@ from typing import Any
 
 import msgspec
 
+from aggregator import round_events as events
 from aggregator.fleet import Fleet
 from aggregator.participations import Participations, critical_path, empty_in_a_row
 from aggregator.round_port import RoundsPort
 from aggregator.scheduling.offering import Draft, Offering
 from aggregator.scheduling.patience import Patience
 from aggregator.scheduling.terms import Terms
-from aggregator.state.base import AWAITED, ClosedBy, ParticipationRow, RoundRow, Store, VersionRow
+from aggregator.state.base import AWAITED, ClosedBy, ParticipationRow, RoundRow, Store, VersionRow, chain_of
 from edge_sdk.clock import Clock
 from edge_sdk.errors import ContainerError, StateError
 from edge_sdk.faults import reached
@@ -86,15 +87,7 @@ class Rounds:
 
     def chain(self, number: int) -> list[VersionRow]:
         """The versions to read, a full one first, to get version ``number``."""
-        versions = {version.number: version for version in self._store.versions(self._name)}
-        chain: list[VersionRow] = []
-        at: int | None = number
-        while at is not None:
-            if at not in versions or len(chain) > len(versions):
-                raise StateError(f"version {number} refers to version {at}, which there is not")
-            chain.insert(0, versions[at])
-            at = versions[at].parent
-        return chain
+        return chain_of(self._store.versions(self._name), number)
 
     def is_late(self, round: int) -> bool:
         """Whether an update of that round, should it come now, comes after the round."""
@@ -107,7 +100,7 @@ class Rounds:
         reached("evaluation.come")
         self._evaluating = False
         wall, took = self._clock.wall(), self._clock.monotonic() - self._evaluation_began
-        found = _found(reply)
+        found = events.found(reply) if isinstance(reply, Evaluated) else {}
         with self._store.transaction():
             if isinstance(reply, Evaluated):
                 self._store.set_version(self._name, row.version, **found, evaluation_error=None)
@@ -115,14 +108,11 @@ class Rounds:
             else:
                 self._store.set_version(self._name, row.version, evaluation_error=reply.message)
             self._move(state="closed", evaluated_at=wall)
+        told = {"version": row.version, "round": row.number}
         if isinstance(reply, Evaluated):
-            self._port.emit(
-                "version.evaluated", version=row.version, round=row.number, **found, seconds=reply.seconds
-            )
+            self._port.emit("version.evaluated", **told, **found, seconds=reply.seconds)
         else:
-            self._port.emit(
-                "version.not_evaluated", version=row.version, round=row.number, message=reply.message
-            )
+            self._port.emit("version.not_evaluated", **told, message=reply.message)
         self._emit_closed()
 
     def on_status(self, status: Status) -> None:
@@ -214,7 +204,7 @@ class Rounds:
         return draft
 
     def _open(self, draft: Draft, builds_on: int) -> None:
-        number, wall, terms = self._row.number, self._clock.wall(), self._terms
+        wall, terms = self._clock.wall(), self._terms
         with self._store.transaction():
             self._move(
                 state="open",
@@ -229,16 +219,7 @@ class Rounds:
             )
             self.participations.add(draft.offers, wall)
         reached("round.open")
-        self._port.emit(
-            "round.opened",
-            round=number,
-            rounds=terms.total,
-            version=builds_on,
-            devices=sorted(draft.offers),
-            wanted=draft.wanted,
-            quorum=self._row.quorum,
-            deadline_s=draft.deadline_s,
-        )
+        self._port.emit("round.opened", **events.opened(self._row, terms.total, sorted(draft.offers)))
         self._port.position_changed()
         self._send(draft)
         reached("round.offered")
@@ -291,16 +272,8 @@ class Rounds:
             ]
             self._fleet.learn([*present, *late], row.open_s)
         reached("round.closed")
-        self._port.emit(
-            "round.closed",
-            round=row.number,
-            closed_by=why,
-            received=[one.device for one in counted if one.round == row.number],
-            late=[one.device for one in late],
-            missed=[one.device for one in missed],
-            awaited=[one.device for one in self.participations.awaited()],
-            open_s=row.open_s,
-        )
+        awaited = self.participations.awaited()
+        self._port.emit("round.closed", **events.closed(self._row, counted, missed, awaited))
         self._port.given_up([one.device for one in missed])
 
     def _merge(self) -> bool:
@@ -344,15 +317,7 @@ class Rounds:
                 merged_at=wall,
             )
         reached("version.stored")
-        self._port.emit(
-            "version.made",
-            version=number,
-            round=row.number,
-            bytes=made.bytes,
-            full=made.parent is None,
-            updates=len(received),
-            seconds=self._row.merge_s,
-        )
+        self._port.emit("version.made", **events.made(self._row, version, len(received)))
         self._port.position_changed()
         tell_who_is_too_old()
         reached("version.told")
@@ -417,17 +382,7 @@ class Rounds:
         row = self._row
         if row.number == 0:
             return
-        self._port.emit(
-            "round.done",
-            round=row.number,
-            outcome=row.outcome,
-            version=row.version,
-            open_s=row.open_s,
-            merge_s=row.merge_s,
-            evaluation_s=row.evaluation_s,
-            slowest_train_s=row.slowest_train_s,
-            overhead_s=row.overhead_s,
-        )
+        self._port.emit("round.done", **events.done(row))
 
     def _move(self, **values: Any) -> None:
         self._store.set_round(self._name, self._row.number, **values)
@@ -443,9 +398,3 @@ class Rounds:
         if self._row.state == "open" and now - self._saved >= _SAVE_S:
             self._saved = now
             self._store.set_round(self._name, self._row.number, open_s=self._row.open_s)
-
-
-def _found(reply: Evaluated | Failed | Died) -> dict[str, Any]:
-    """What an evaluation found, by the names of a version's columns."""
-    names = ("accuracy", "loss", "examples", "f1", "perplexity", "tokens")
-    return {name: getattr(reply, name) for name in names} if isinstance(reply, Evaluated) else {}

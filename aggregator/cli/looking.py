@@ -16,7 +16,7 @@ from aggregator.brokerage import read_note
 from aggregator.cli.extra import need_server_extra
 from aggregator.cli.planned import last_parts, planned_facts
 from aggregator.cli.progress import device_label
-from aggregator.state.base import LedgerRow, ParticipationRow, RunRow, Store, best_version
+from aggregator.state.base import AWAITED, LedgerRow, ParticipationRow, RunRow, Store, best_version
 from aggregator.state.folder import StateFolder, open_store
 from aggregator.storage import Storage, read_pause
 from edge_sdk.clock import SystemClock
@@ -177,6 +177,13 @@ def show_rounds(path: Path, *, as_json: bool) -> None:
             taking_part = look.store.participations(look.run.run, row.number)
             facts = {name: value for name, value in asdict(row).items() if name != "run"}
             facts |= {"overhead_s": row.overhead_s, "devices": [_taking_part(one) for one in taking_part]}
+            counted = look.store.counted(look.run.run, row.number)
+            facts |= {
+                "selected": len(taking_part),
+                "merged": len(counted),
+                "merged_late": sum(one.late for one in counted),
+                "awaited": sum(one.state in AWAITED for one in taking_part),
+            }
             rows.append(facts)
     if as_json:
         typer.echo(json.dumps(rows))
@@ -188,10 +195,10 @@ def show_rounds(path: Path, *, as_json: bool) -> None:
         how = facts["outcome"] or facts["state"]
         typer.echo(
             f"round {facts['number']}: {how}, version {_text(facts['version'])}, "
-            f"open {facts['open_s']:.1f} s{overhead}"
+            f"open {facts['open_s']:.1f} s{overhead}{_time_words(facts)}"
         )
         _table(
-            ("  device", "state", "depth", "quantized", "bound by", "train s", "kB", "why"),
+            ("  device", "state", "depth", "quantized", "bound by", "train s", "kB", "late", "why"),
             [
                 (
                     "  " + one["device"],
@@ -201,6 +208,7 @@ def show_rounds(path: Path, *, as_json: bool) -> None:
                     one["binding"],
                     one["train_s"],
                     None if one["bytes"] is None else one["bytes"] // 1000,
+                    _late(one),
                     one["reason"],
                 )
                 for one in facts["devices"]
@@ -273,7 +281,35 @@ def _taking_part(row: ParticipationRow) -> dict[str, Any]:
         "duplicate_bytes": row.duplicate_bytes,
         "samples": row.samples,
         "object": row.object,
+        "builds_on": row.builds_on,
+        "counts_in": row.counts_in,
+        "late": row.late,
+        "staleness": row.staleness,
+        "weight": row.weight,
     }
+
+
+def _time_words(facts: dict[str, Any]) -> str:
+    """Who was asked and what the round waited for; empty before it opened."""
+    if facts["wanted"] is None:
+        return ""
+    parts = f"{facts['selected']} devices, {facts['selection']}"
+    if facts["schedule"] == "buffered":
+        parts += f", buffer of {facts['quorum']}"
+    elif facts["quorum"] != facts["selected"]:
+        parts += f", quorum {facts['quorum']} of {facts['wanted']}"
+    if facts["closed_by"] is not None:
+        parts += f", closed by {facts['closed_by']}"
+    if facts["merged_late"]:
+        parts += f", {facts['merged_late']} of {facts['merged']} updates late"
+    return f" ({parts})"
+
+
+def _late(one: dict[str, Any]) -> str | None:
+    """Where a late update counted, and how many versions after its own."""
+    if not one["late"]:
+        return None
+    return f"in round {one['counts_in']}, {one['staleness']} versions, weight {one['weight']:.2f}"
 
 
 def _status(text: str | None, name: str) -> Any:

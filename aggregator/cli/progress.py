@@ -114,8 +114,9 @@ def _round_line(name: str, f: Fields) -> str:
             )
         case "round.decline":
             return f"{head}: {f['device']} declined ({f['reason']}): {f['message']}"
-        case "round.closed" if f["missed"]:
-            return f"{head}: closed without {', '.join(f['missed'])}"
+        case "round.closed" if f["missed"] or f["awaited"]:
+            gone = f"{head}: closed" + (f" without {', '.join(f['missed'])}" if f["missed"] else "")
+            return gone + (f"; still awaited: {', '.join(f['awaited'])}" if f["awaited"] else "")
         case "round.not_merged":
             return f"{head}: {f['updates']} updates could not be merged: {f['message']}"
         case "round.empty":

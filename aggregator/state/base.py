@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from edge_sdk.errors import StateError
 from edge_sdk.protocol.wire import VersionRef
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Store",
     "VersionRow",
     "best_version",
+    "chain_of",
 ]
 
 RoundState = Literal["waiting", "open", "merging", "evaluating", "closed"]
@@ -108,6 +110,19 @@ def best_version(versions: Sequence[VersionRow]) -> VersionRow | None:
         return version.accuracy or 0.0, version.number
 
     return max((version for version in versions if version.accuracy is not None), key=merit, default=None)
+
+
+def chain_of(versions: Sequence[VersionRow], number: int) -> list[VersionRow]:
+    """The versions to read, a full one first, to get version ``number``. Raises StateError for a gap."""
+    known = {version.number: version for version in versions}
+    chain: list[VersionRow] = []
+    at: int | None = number
+    while at is not None:
+        if at not in known or len(chain) > len(known):
+            raise StateError(f"version {number} refers to version {at}, which there is not")
+        chain.insert(0, known[at])
+        at = known[at].parent
+    return chain
 
 
 @dataclass(frozen=True)

@@ -121,8 +121,11 @@ def test_devices_rounds_versions(world: World, command: Command) -> None:
 
     out = command("rounds", "-c", config)[1]
     assert "round 1: merged" in out and "memory: no" in out
+    assert "(2 devices, all, closed by all)" in out
     first = json.loads(command("rounds", "-c", config, "--json")[1])[1]
+    assert (first["selected"], first["merged"], first["merged_late"], first["quorum"]) == (2, 1, 0, 2)
     garden, kitchen = first["devices"]
+    assert (kitchen["counts_in"], kitchen["staleness"], kitchen["weight"]) == (1, 0, 1.0)
     assert garden["state"] == "declined" and kitchen["state"] == "received"
     assert kitchen["train_s"] == 2.0 and kitchen["depth"] is not None and first["overhead_s"] is not None
 

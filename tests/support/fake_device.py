@@ -218,6 +218,7 @@ class FakeDevice:
         self.offer: Offer | None = None
         self.announce: Announce | None = None
         self.working = False
+        self.answer: Choice | Decline | None = None
         self.holds: set[int] = set()
         self.receipts: list[Receipt] = []
         self.refusals: list[Refusal] = []
@@ -333,6 +334,8 @@ class FakeDevice:
 
     def _on_offer(self, offer: Offer) -> None:
         if self.offer is not None and offer.round == self.offer.round and self.until == "receipt":
+            if self.answer is not None:
+                self.say(self.answer)
             if self.receiver is not None:  # what it asked for may not have been heard
                 self.say(self.receiver.have(self.name, 4))
             return
@@ -341,14 +344,16 @@ class FakeDevice:
             return
         if self.decline is not None:
             self.working = False
-            self.say(
-                Decline(device=self.name, run=offer.run, round=offer.round, reason="memory", message="no")
+            self.answer = Decline(
+                device=self.name, run=offer.run, round=offer.round, reason="memory", message="no"
             )
+            self.say(self.answer)
             return
         candidate = next((one for one in offer.candidates if one.recommended), offer.candidates[0])
-        self.say(
-            Choice(device=self.name, run=offer.run, round=offer.round, candidate=candidate, binding="none")
+        self.answer = Choice(
+            device=self.name, run=offer.run, round=offer.round, candidate=candidate, binding="none"
         )
+        self.say(self.answer)
         if self.until == "choice":
             return
         if not self._fetch_next(offer.versions):
