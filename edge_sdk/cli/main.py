@@ -78,6 +78,25 @@ def status(config: ConfigOption = Path("agent.toml"), json: JsonOption = False) 
 
 
 @app.command()
+def profile(
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="The agent's config file; else agent.toml, if any.")
+    ] = None,
+    link: Annotated[
+        bool, typer.Option("--link/--no-link", help="Measure the link (a few MB at most).")
+    ] = True,
+    compute: Annotated[
+        bool, typer.Option("--compute/--no-compute", help="Measure arithmetic and memory (extra 'train').")
+    ] = True,
+    json: JsonOption = False,
+) -> None:
+    """What this device is and does: memory, power, heat, arithmetic, link. Needs neither model nor config."""
+    from edge_sdk.cli.profiling import show_profile
+
+    show_profile(config, as_json=json, link=link, compute=compute)
+
+
+@app.command()
 def init(
     path: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("agent.toml"),
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,

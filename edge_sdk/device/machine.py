@@ -69,7 +69,7 @@ def read_profile(
         cpu_max_mhz=known("cpu_max_mhz", _fastest_mhz(root, "scaling_max_freq")),
         memory_mb=known("memory_mb", (total_memory_mb(root), _no_meminfo(root, "MemTotal"))),
         free_mb=known("free_mb", (free_memory_mb(root), _no_meminfo(root, "MemAvailable"))),
-        shared_memory=bool(tegra_chip(root)) if names else None,
+        shared_memory=known("shared_memory", _shared(root, names)),
         disk_mb=known("disk_mb", (total, no_disk)),
         disk_free_mb=known("disk_free_mb", (free, no_disk)),
         accelerators=names,
@@ -174,6 +174,10 @@ def _fastest_mhz(root: Path, file: str) -> tuple[float | None, str]:
         if clock is not None:
             clocks.append(clock / 1000)
     return max(clocks, default=None), "" if clocks else why
+
+
+def _shared(root: Path, names: tuple[str, ...]) -> tuple[bool | None, str]:
+    return (bool(tegra_chip(root)), "") if names else (None, "there is no accelerator")
 
 
 def _gpus(root: Path, names: tuple[str, ...], *, wanted: bool) -> tuple[tuple[Gpu, ...], str]:

@@ -32,6 +32,7 @@ def test_nothing_can_be_read(tmp_path):
     unknown = {
         "machine", "system", "processor", "accelerators", "gpus", "cpu_mhz", "cpu_max_mhz", "memory_mb",
         "free_mb", "power_mode", "power_w", "temperature_c", "throttling", "battery_percent", "on_ac",
+        "shared_memory",
     }  # fmt: skip
     assert profile.reasons.keys() == unknown
     assert all(profile.reasons.values())

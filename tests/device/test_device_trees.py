@@ -152,10 +152,7 @@ def forbid(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 
 def check(profile: Profile) -> None:
     """Nothing is missing without a reason, and nothing is absurd."""
-    silent = {"throughput"}
-    if profile.shared_memory is None:
-        silent.add("shared_memory")  # follows from the accelerators
-    for field in set(profile.__struct_fields__) - silent:
+    for field in set(profile.__struct_fields__) - {"throughput"}:
         if getattr(profile, field) in (None, ""):
             assert profile.reasons.get(field), field
     assert profile.temperature_c is None or -40 < profile.temperature_c < 150
