@@ -246,8 +246,9 @@ def test_the_rest_after_empty_rounds_has_an_end(world: World) -> None:
     world.open()
     world.pump()
     rounds = rounds_of(world)
-    for number in range(2, 1500):
-        store_of(world).add_round(RoundRow("demo", number, "closed", outcome="empty"))
+    with store_of(world).transaction():
+        for number in range(2, 1500):
+            store_of(world).add_round(RoundRow("demo", number, "closed", outcome="empty"))
     assert rounds._rest_s() == 300.0
 
 

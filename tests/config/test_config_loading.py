@@ -209,6 +209,11 @@ def test_a_state_folder_that_is_a_file(agent, tmp_path):
         ),
         ("[base]", "[training]\nlearning_rate = 20\n[base]", "a finite number above 0, at most 10"),
         ("[base]", "[transfer]\nchunk_kib = 257\n[base]", "an integer at least 1, at most 256"),
+        ("[base]", '[rounds]\nschedule = "buffered"\nlate = "refuse"\n[base]', "rounds.late"),
+        ("[base]", '[rounds]\nselection = "all"\ndevices_per_round = 2\n[base]', "rounds.devices_per_round"),
+        ("[base]", '[rounds]\nselection = "utility"\n[base]', "rounds.devices_per_round is missing"),
+        ("[base]", "[rounds]\ndevices_per_round = 1.5\n[base]", "an integer at least 1 or a finite number"),
+        ("[base]", "[rounds]\nquorum = 0\n[base]", "above 0, at most 1"),
     ],
 )
 def test_run_rules(run, old, new, told):
