@@ -27,7 +27,7 @@ from edge_sdk.training.loop import train
 from edge_sdk.training.memory import Meter, is_out_of_memory
 from edge_sdk.training.resident import Resident
 
-__all__ = ["MAX_SETTINGS", "probe"]
+__all__ = ["MAX_SETTINGS", "Probing", "probe"]
 
 _log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def probe(
     points: list[ProbePoint] = []
     limit = _room_mb(resident)
     form = Form(levers.activation_bits, levers.activation_rounding)  # type: ignore[arg-type]
-    probing = _Probing(resident.model.shape, setup, levers, kernel(resident.device, form), limit)
+    probing = Probing(resident.model.shape, setup, levers, kernel(resident.device, form), limit)
     try:
         for stage in range(MAX_SETTINGS):
             wanted = probing.wanted(stage, points)
@@ -86,7 +86,7 @@ def probe(
     )
 
 
-class _Probing:
+class Probing:
     """Which settings to run, given what was measured."""
 
     def __init__(
