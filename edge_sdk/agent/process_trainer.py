@@ -34,7 +34,7 @@ from edge_sdk.protocol.trainer import (
     decode_reply,
 )
 
-__all__ = ["ProcessTrainer"]
+__all__ = ["ProcessTrainer", "trainer_environment"]
 
 _log = logging.getLogger(__name__)
 _WORKER = ("-m", "edge_sdk.training.worker")
@@ -66,7 +66,7 @@ class ProcessTrainer:
         command: Sequence[str] | None = None,
     ) -> None:
         self._folder = folder
-        self._environment = {**_environment(offline), **find_allocator(allocator).environment()}
+        self._environment = trainer_environment(offline=offline, allocator=allocator)
         self._command = [sys.executable, *_WORKER] if command is None else list(command)
         self._deliver: Callable[[TrainerReply], None] | None = None
         self._lock = threading.Lock()
@@ -272,7 +272,8 @@ def _id(request: TrainerRequest) -> int:
     return request.id
 
 
-def _environment(offline: bool) -> dict[str, str]:
+def trainer_environment(*, offline: bool, allocator: str) -> dict[str, str]:
+    """What the trainer's process is started with. ConfigError where the allocator named is not there."""
     env = dict(os.environ)
     env["TOKENIZERS_PARALLELISM"] = "false"
     # Threads that spin while they wait make each other three times slower where cores are shared.
@@ -283,4 +284,4 @@ def _environment(offline: bool) -> dict[str, str]:
     if root not in [*site.getsitepackages(), site.getusersitepackages()]:
         # Run from a source tree: the worker starts in another folder and must find the same package.
         env["PYTHONPATH"] = os.pathsep.join(filter(None, (root, env.get("PYTHONPATH"))))
-    return env
+    return {**env, **find_allocator(allocator).environment()}

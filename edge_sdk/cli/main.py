@@ -215,6 +215,14 @@ def device_classes(
     list_classes(links=links, all_fleets=fleets, as_json=json)
 
 
+@app.command()
+def doctor(config: ConfigOption = Path("agent.toml"), json: JsonOption = False) -> None:
+    """What of this device works, what does not and how to mend it. 0: no error; else the first one's code."""
+    from edge_sdk.cli.doctor import show_findings
+
+    show_findings(config, as_json=json)
+
+
 @app.callback()
 def _options(
     version: Annotated[
