@@ -84,15 +84,17 @@ def _held_mb(context: Context, known: Fit | Described, *, on_gpu: bool) -> float
 
 
 def link_now(context: Context) -> Link:
-    """The owner's limit where there is one, else what earlier transfers showed."""
+    """The owner's limit where there is one, else what was measured or earlier transfers showed."""
     limit = context.config.limits.uplink_kbps
     up, down = context.record.get("link.up_bps"), context.record.get("link.down_bps")
     up_bps = limit * 1000 if limit is not None else None if up is None else float(up)
     down_bps = None if down is None else float(down)
+    trip = context.record.get("link.rtt_ms")
+    rtt_ms = None if trip is None else float(trip)
     if limit is not None:
-        return Link(up_bps=up_bps, down_bps=down_bps, source="configured")
+        return Link(up_bps=up_bps, down_bps=down_bps, rtt_ms=rtt_ms, source="configured")
     known = up_bps is not None or down_bps is not None
-    return Link(up_bps=up_bps, down_bps=down_bps, source="measured" if known else "unknown")
+    return Link(up_bps=up_bps, down_bps=down_bps, rtt_ms=rtt_ms, source="measured" if known else "unknown")
 
 
 def traffic_now(context: Context) -> float | None:

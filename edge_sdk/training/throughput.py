@@ -37,7 +37,7 @@ def compute_devices() -> list[str]:
 
 
 def measure_throughput(device: str, seconds: float, check: Callable[[], None]) -> Throughput:
-    """Measures one device, each kernel for its share of ``seconds``; a slow one ends after three repeats.
+    """Measures one device, each kernel for its share of ``seconds``; a slow one ends after a repeat.
 
     Args:
         check: called between repeats; raises to end the request.
@@ -60,7 +60,8 @@ def measure_throughput(device: str, seconds: float, check: Callable[[], None]) -
             continue
         middle = statistics.median(taken)
         rates[name] = work / middle / 1e9
-        spread[name] = (max(taken) - min(taken)) / middle
+        if len(taken) > 1:
+            spread[name] = (max(taken) - min(taken)) / middle
     return Throughput(
         device=device,
         name=read_profile().processor if kind == "cpu" else torch.cuda.get_device_name(device),
@@ -118,8 +119,11 @@ def _stream(name: str, device: str, _seconds: float, _check: Callable[[], None])
 def _times(kernel: Kernel, device: str, seconds: float, check: Callable[[], None]) -> list[float]:
     _once(kernel, device)
     taken: list[float] = []
-    end = time.monotonic() + seconds
-    while len(taken) < _LEAST_REPEATS or (time.monotonic() < end and len(taken) < _MOST_REPEATS):
+    began = time.monotonic()
+    while not taken or len(taken) < _MOST_REPEATS:
+        spent = time.monotonic() - began
+        if taken and spent >= (seconds if len(taken) >= _LEAST_REPEATS else 2 * seconds):
+            break  # one repeat is better than nothing for the next kernel
         check()
         taken.append(_once(kernel, device))
     return taken

@@ -8,7 +8,9 @@ import pytest
 from agent_fakes import FIT, World
 
 from edge_sdk.agent.budgets import keep_rate, link_now, memory_now
+from edge_sdk.agent.link import keep_link
 from edge_sdk.errors import MissingExtraError
+from edge_sdk.protocol.measure import Link
 
 
 def world(folder: Path, **limits: float) -> World:
@@ -56,3 +58,5 @@ def test_links_are_configured_or_measured(tmp_path: Path) -> None:
         keep_rate(one.core.context, "up", rate)
     link = link_now(one.core.context)
     assert (link.up_bps, link.down_bps, link.source) == (1.5e6, None, "measured")
+    keep_link(one.core.context.record, Link(up_bps=3e6, down_bps=4e6, rtt_ms=12.5, source="measured"), 7.0)
+    assert link_now(one.core.context) == Link(up_bps=3e6, down_bps=4e6, rtt_ms=12.5, source="measured")

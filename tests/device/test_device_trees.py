@@ -6,6 +6,7 @@ import os
 import random
 from pathlib import Path
 
+import msgspec
 import pytest
 from recorded_machines import MACHINES, plant
 
@@ -158,6 +159,12 @@ def check(profile: Profile) -> None:
     assert profile.temperature_c is None or -40 < profile.temperature_c < 150
     assert profile.power_w is None or 0 <= profile.power_w < 10_000
     assert profile.battery_percent is None or 0 <= profile.battery_percent <= 100
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_a_profile_is_a_small_record(machine: str, tmp_path: Path) -> None:
+    """A status carries it every few minutes, also over a phone's link."""
+    assert len(msgspec.json.encode(read_profile(plant(machine, tmp_path)))) < 3000
 
 
 @pytest.mark.parametrize("machine", MACHINES)

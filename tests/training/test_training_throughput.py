@@ -112,3 +112,16 @@ Engine(lambda reply: print(type(reply).__name__, reply.cause, reply.hint), enfor
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split(" ", 2) == ["Failed", "extra", "pip install 'edge-sdk[train]'\n"]
+
+
+def test_a_slow_kernel_leaves_time_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+
+    def slow(kernel: object, device: str) -> float:
+        nonlocal now
+        now += 100.0
+        return 100.0
+
+    monkeypatch.setattr(throughput, "_once", slow)
+    monkeypatch.setattr(throughput.time, "monotonic", lambda: now)
+    assert throughput._times(lambda: None, "cpu", 1.0, go_on) == [100.0]
