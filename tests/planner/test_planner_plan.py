@@ -94,6 +94,25 @@ def test_half_a_batch_twice_is_offered_where_a_whole_one_does_not_fit() -> None:
     assert best.depth > 3 and (best.micro_batch, best.accumulation) == (8, 2)
 
 
+def test_other_levers_are_offered_where_memory_binds_to_devices_that_have_them() -> None:
+    own = ("activation:int8", "codec:int8", "recompute:outputs")
+    words = ("activation:int4", "recompute:inner", "rounding:nearest")
+
+    def offered(*mechanisms: str, budget_mb: float = 75) -> list[Candidate]:
+        status = a_status(fit=a_fit(), budget_mb=budget_mb, mechanisms=mechanisms)
+        return list(plan(status).candidates["a"])
+
+    def others(candidates: list[Candidate]) -> set[tuple[int, str]]:
+        return {(c.activation_bits, c.recompute) for c in candidates} - {(8, "outputs")}
+
+    assert others(offered(*own)) == set()
+    assert others(offered(*own, *words)) == {(8, "inner")}, "4 bits are rounded in a way that it lacks"
+    assert others(offered(*own, *words, "rounding:stochastic")) == {(8, "inner"), (4, "outputs")}
+    assert others(offered(*own, *words, budget_mb=10_000)) == set()
+    deepest = max(c.depth for c in offered(*own, *words) if c.recompute == "inner")
+    assert deepest > max(c.depth for c in offered(*own) if c.peak_mb <= 0.9 * 75 and c.micro_batch == 16)
+
+
 def test_devices_without_a_usable_fit_get_no_offer() -> None:
     made = plan(a_status("new"), a_status("odd", fit=a_fit(micro_batch=4)), a_status("ok", fit=a_fit()))
     assert list(made.candidates) == ["ok"]
