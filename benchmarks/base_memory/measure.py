@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,11 +76,11 @@ def run(wanted: dict[str, Any]) -> None:
     emit(
         what="peak", arm=arm["name"], length=wanted["length"], peak_mb=round(meter.peak_mb(), 1),
         load_peak_mb=round(load_mb, 1), base_mb=round(model.shape.base_bytes / 1e6, 1),
-        load_s=round(load_s, 1), step_s=round(min(trace.step_s), 2), losses=trace.losses,
+        load_s=round(load_s, 1), step_s=round(trace.step_s[-1], 2), losses=trace.losses,
         computed=False, base=told(arm["base"], device), threads=torch.get_num_threads(),
         allocator=allocator_word(),
     )  # fmt: skip
-    say(f"{arm['name']} at {wanted['length']}: {meter.peak_mb():.0f} MB, step {min(trace.step_s):.1f} s")
+    say(f"{arm['name']} at {wanted['length']}: {meter.peak_mb():.0f} MB, step {trace.step_s[-1]:.1f} s")
 
 
 def _imports(folder: Path, wanted: dict[str, Any]) -> None:
@@ -93,8 +94,10 @@ def _imports(folder: Path, wanted: dict[str, Any]) -> None:
 
 
 def _batches(vocabulary: int, wanted: dict[str, Any]) -> Iterator[Any]:
-    """Random tokens; each is to be predicted from those before it."""
+    """Random tokens; each is to be predicted from those before it. The first step has few of them: it is
+    there for the optimizer's state."""
     draw = torch.Generator().manual_seed(wanted["seed"])
-    while True:
-        ids = torch.randint(10, vocabulary, (wanted["batch"], wanted["length"]), generator=draw)
+    for step in itertools.count():
+        length = wanted["length"] if step else wanted["warm_length"]
+        ids = torch.randint(10, vocabulary, (wanted["batch"], length), generator=draw)
         yield ids, torch.ones_like(ids), pad(ids[:, 1:], (0, 1), value=-100)

@@ -34,7 +34,7 @@ class Measuring:
         """MB above the process after its imports."""
         known = [r for r in self.rows if r["arm"] == arm.name and r["length"] == length and not r["computed"]]
         if not known:
-            names = ("batch", "steps", "rank", "threads", "seed")
+            names = ("batch", "steps", "warm_length", "rank", "threads", "seed")
             what = {
                 "arm": asdict(arm), "length": length, "folder": str(self.folder),
                 **{name: self.config[name] for name in names},
@@ -83,7 +83,7 @@ def main() -> None:
         measuring = Measuring(write_large_base(Path(name), config["model"], seed=config["seed"]), config)
         claims = []
         for length in lengths:
-            peaks = ladder(measuring, length, given.arms)
+            peaks = ladder(measuring, length, given.arms or config["arms"].get(str(length)))
             claims += claims_of(measuring.rows, peaks, length)
     if given.quick or given.arms or given.lengths:
         for claim in claims:
