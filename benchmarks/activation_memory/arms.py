@@ -92,9 +92,6 @@ ARMS: tuple[Arm, ...] = (
     _all("layer, exact", "layer", None, "layer"),
     _all("layer, int8", "layer", INT8, "layer"),
     _all("layer, int4", "layer", INT4, "layer"),
-    _two("1/4 layer int8 + int8 outputs", LayerPlan(INT8, "layer"), LayerPlan(INT8, "outputs"), 0.25),
-    _two("1/4 layer int4 + int4 outputs", LayerPlan(INT4, "layer"), LayerPlan(INT4, "outputs"), 0.25),
-    _two("1/2 int4 inner + int4 outputs", LayerPlan(INT4, "inner"), LayerPlan(INT4, "outputs"), 0.5),
     _two("1/4 layer int4 + int4 inner", LayerPlan(INT4, "layer"), LayerPlan(INT4, "inner"), 0.25),
 )
 
