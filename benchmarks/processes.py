@@ -10,8 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from edge_sdk.agent import process_trainer
-from edge_sdk.device.allocators import find_allocator
+from edge_sdk.agent.process_trainer import trainer_environment
 from edge_sdk.training.allocator import settle_allocator
 
 __all__ = ["emit", "measure", "say"]
@@ -26,7 +25,7 @@ def measure(module: str, what: Mapping[str, Any], *, threads: int = 0) -> Iterat
     Raises:
         RuntimeError: the process did not end well; what it said went to this process's standard error.
     """
-    environment = {**process_trainer._environment(offline=True), **find_allocator("auto").environment()}
+    environment = trainer_environment(offline=True, allocator="auto")
     if threads:
         environment["OMP_NUM_THREADS"] = str(threads)
     child = subprocess.Popen(
