@@ -115,7 +115,7 @@ class Adapters:
                     becomes = stepping.step(key, was, becomes)
                 norms.add(key, was, writer.write(key, was, becomes.astype(np.float32)))
             if parent is None:
-                for key in before.sizes.keys() - merge.sizes.keys():
+                for key in sorted(before.sizes.keys() - merge.sizes.keys()):
                     was = before.tensor(key)
                     norms.add(key, was, writer.write(key, was, was))
         states = {}

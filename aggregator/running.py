@@ -263,6 +263,10 @@ class Running:
         judged = self.adapters.check(path, announce, self.rounds.chain(announce.builds_on))
         if isinstance(judged, Refusal):
             return judged
+        rule = self._method.merge
+        if not rule.keeps_slots and self.rounds.is_late(announce.round):
+            late = f"the merge rule {rule.name} makes all slots anew, and round {announce.round} is merged"
+            return refuse(announce, "version", late, "a late update is of slots that are no more")
         too_large = self._norms.too_large(judged, announce.round)
         if too_large is None:
             return judged

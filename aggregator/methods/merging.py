@@ -9,7 +9,7 @@ from aggregator.merging.base import MergeRule
 from aggregator.methods.base import Method, find_method
 from aggregator.server_optimizers.base import ServerOptimizer
 from edge_sdk.config.run import MergeSection, RunConfig
-from edge_sdk.errors import ConfigError
+from edge_sdk.errors import ConfigError, MechanismError
 
 __all__ = ["find_optimizer", "find_rule", "method_of"]
 
@@ -43,6 +43,11 @@ def method_of(config: RunConfig) -> Method:
     if section.rule is not None:
         rule = find_rule(section.rule)
         method = dataclasses.replace(method, merge=rule, reinit=rule.reinit, fold=rule.fold)
+    if (config.rounds.schedule or method.schedule) == "buffered" and not method.merge.keeps_slots:
+        raise MechanismError(
+            f"the buffered schedule does not go with the merge rule {method.merge.name}",
+            "its updates are of older versions, and that rule makes all slots anew: use the synchronous one",
+        )
     return dataclasses.replace(method, server_optimizer=_optimizer(method.server_optimizer, section))
 
 

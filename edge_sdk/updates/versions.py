@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from edge_sdk.errors import ContainerError
 from edge_sdk.protocol.container import ContainerHeader
 from edge_sdk.updates.codecs import Floats
@@ -31,6 +33,7 @@ __all__ = [
 
 FULL_CODEC = "fp16"
 DELTA_CODEC = "int8"
+_LARGEST = float(np.finfo(np.float16).max)
 
 
 class VersionChain:
@@ -137,6 +140,12 @@ class VersionWriter:
         if before is None:
             raise ContainerError(f"a delta cannot bring the part {key!r}, which its parent has not")
         rows: Floats = before + self._writer.write(key, after - before)
+        largest = float(np.abs(rows).max(initial=0.0))
+        if largest > _LARGEST:
+            raise ContainerError(
+                f"part {key!r} reaches {largest:.3g}; the next full version holds {_LARGEST:g} at most",
+                "training has diverged: lower the learning rates",
+            )
         return rows
 
 

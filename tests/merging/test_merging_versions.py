@@ -22,14 +22,14 @@ from aggregator.methods.merging import method_of
 from aggregator.server_optimizers.fedadam import FedAdam
 from aggregator.server_optimizers.fedavgm import FedAvgM
 from aggregator.state.base import ParticipationRow, VersionRow
-from edge_sdk.config.run import MergeSection, RunBaseSection, RunConfig, RunSection
+from edge_sdk.config.run import MergeSection, RoundsSection, RunBaseSection, RunConfig, RunSection
 from edge_sdk.errors import ConfigError, ContainerError, MechanismError
 from edge_sdk.transport.objects import ObjectStore
 from edge_sdk.updates.container import read_container
 from edge_sdk.updates.delta import write_update
 from edge_sdk.updates.keys import all_keys, tuned_keys
 from edge_sdk.updates.peft import write_peft
-from edge_sdk.updates.versions import VersionChain, read_adapter
+from edge_sdk.updates.versions import VersionChain, VersionWriter, read_adapter, version_header
 
 WIDE = tuple(msgspec.structs.replace(module, inputs=32, outputs=512) for module in SMALL.modules)
 SHAPE = msgspec.structs.replace(SMALL, modules=WIDE)
@@ -226,6 +226,24 @@ def test_what_makes_no_sense_together_is_refused_with_the_reason(method, merge, 
     with pytest.raises(MechanismError, match=told) as error:
         method_of(config(method, **merge))
     assert "slots anew" in error.value.hint
+
+
+def test_updates_of_older_versions_do_not_go_with_slots_made_anew():
+    buffered = msgspec.structs.replace(config(rule="product-svd"), rounds=RoundsSection(schedule="buffered"))
+    with pytest.raises(MechanismError, match="buffered schedule"):
+        method_of(buffered)
+    method_of(msgspec.structs.replace(buffered, merge=MergeSection()))
+
+
+def test_a_delta_goes_no_further_than_a_full_version_can_follow(tmp_path):
+    rows = np.full((1, 2), 6e4, np.float32)
+    header = version_header({"dense.w": (1, 2)}, run="r", round=1, number=1, fingerprint="ab" * 32, parent=0)
+    with (
+        pytest.raises(ContainerError, match="holds 65504 at most"),
+        VersionWriter(tmp_path / "v", header) as one,
+    ):
+        one.write("dense.w", rows, rows + 6e4)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_fold_into_a_quantized_base_is_refused():
