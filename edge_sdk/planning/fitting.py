@@ -145,6 +145,7 @@ def _figures(
     packed = min(layer, scales.packed * (at.packed + at.state) / 1e6)
     besides = at.head + at.edge
     room = scales.room * (besides + at.plain_room) / 1e6
+    fixed = max(scales.fixed_mb, -room)  # of a training that holes in the heap take in whole
     return Fit(
         micro_batch=reference.micro_batch,
         max_length=reference.max_length,
@@ -152,11 +153,11 @@ def _figures(
         factors=reference.factors,
         optimizer=reference.optimizer,
         rest_mb=0.0,
-        head_mb=scales.fixed_mb + room,
+        head_mb=fixed + room,
         layer_mb=layer,
         saved_mb=layer - packed,
         work_mb=max(0.0, scales.packed_room * (besides + at.packed_room) / 1e6 - room),
-        fixed_mb=scales.fixed_mb,
+        fixed_mb=fixed,
         forward_s=paces[0] * work.forward_s,
         layer_s=paces[1] * work.layer_s,
         quantize_s=paces[2] * work.quantize_s,

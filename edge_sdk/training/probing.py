@@ -1,8 +1,9 @@
 """The probe: a few settings, run for real, so that the cost model is fitted and not assumed.
 
-At most five. One layer packed comes first, the least there is; what it takes is counted before, and every
-further setting is counted on from what was measured so far: it runs only where that stays below the limit.
-They differ in what matters: depth, packed or not, and the number of tokens.
+At most five. One layer packed comes first, the least there is. It runs where the machine has as much free as
+is counted for it; the owner's limit is enforced, and finds out by itself. Every further setting is counted on
+from what was measured so far, and runs only where that stays below the limit and below what is free. They
+differ in what matters: depth, packed or not, and the number of tokens.
 """
 
 from __future__ import annotations
@@ -48,9 +49,10 @@ def probe(
     """Measures and fits. Raises MemoryLimitError where not even one layer fits the limit."""
     before = resident.model.adapter()
     points: list[ProbePoint] = []
-    limit = _room_mb(resident)
+    free = _free_mb(resident)
+    limit = min((room for room in (resident.growth_mb(), free) if room is not None), default=None)
     form = Form(levers.activation_bits, levers.activation_rounding)  # type: ignore[arg-type]
-    probing = Probing(resident.model.shape, setup, levers, kernel(resident.device, form), limit)
+    probing = Probing(resident.model.shape, setup, levers, kernel(resident.device, form), limit, free)
     try:
         for stage in range(MAX_SETTINGS):
             wanted = probing.wanted(stage, points)
@@ -90,9 +92,16 @@ class Probing:
     """Which settings to run, given what was measured."""
 
     def __init__(
-        self, shape: ModelShape, setup: Setup, levers: Levers, kernel: str, limit_mb: float | None
+        self,
+        shape: ModelShape,
+        setup: Setup,
+        levers: Levers,
+        kernel: str,
+        limit_mb: float | None,
+        free_mb: float | None = None,
     ) -> None:
-        self.shape, self.lora, self.kernel, self.limit_mb = shape, setup.lora, kernel, limit_mb
+        self.shape, self.lora, self.kernel = shape, setup.lora, kernel
+        self.limit_mb, self.free_mb = limit_mb, free_mb
         self.reference = Setting(
             depth=1, levers=levers, micro_batch=setup.micro_batch, max_length=setup.max_length,
             factors=setup.spec.factors, optimizer=setup.spec.optimizer, base_precision=setup.base_precision,
@@ -136,23 +145,21 @@ class Probing:
 
     def _if_fits(self, wanted: ProbePoint, points: list[ProbePoint]) -> ProbePoint | None:
         """It, where counting on from what was measured says that it stays below the limit."""
-        if self.limit_mb is None:
+        limit = self.limit_mb if points else self.free_mb
+        if limit is None:
             return wanted
         counted = peak_mb(self._so_far(points), self.shape, self.lora, setting_of(wanted, self.reference))
-        return wanted if counted <= _MARGIN * self.limit_mb else None
+        return wanted if counted <= _MARGIN * limit else None
 
     def _so_far(self, points: list[ProbePoint]) -> Fit:
         return self.fit(points, rest_mb=0.0) if points else estimate(self.shape, self.lora, self.reference)
 
 
-def _room_mb(resident: Resident) -> float | None:
-    """What may be taken above rest: the owner's limit, and what the machine has free; None: not known."""
-    rooms = [resident.growth_mb()]
+def _free_mb(resident: Resident) -> float | None:
+    """What the machine has free beside the resting trainer; None: not known."""
     if resident.device.type == "cuda":
-        rooms.append(torch.cuda.mem_get_info(resident.device)[0] / 1e6)
-    else:
-        rooms.append(free_memory_mb())
-    return min((room for room in rooms if room is not None), default=None)
+        return float(torch.cuda.mem_get_info(resident.device)[0]) / 1e6
+    return free_memory_mb()
 
 
 def _point(depth: int, quantized: int) -> ProbePoint:

@@ -146,3 +146,10 @@ def test_a_probe_that_is_not_finite_is_named() -> None:
     bad = ProbePoint(depth=3, quantized_layers=1, peak_mb=math.nan, step_s=0.1)
     with pytest.raises(TrainerError, match="depth 3 with 1 quantized layers"):
         fitted([probe(1, 0), bad])
+
+
+def test_of_a_training_that_takes_next_to_nothing_every_figure_can_be_told() -> None:
+    tiny = [msgspec.structs.replace(point, peak_mb=0.4 + 0.1 * point.depth) for point in PROBES]
+    model = fitted(tiny)
+    assert msgspec.json.decode(msgspec.json.encode(model), type=Fit) == model
+    assert peak_mb(model, SHAPE, LORA, setting_of(PROBES[0], REFERENCE)) >= 0
