@@ -117,6 +117,9 @@ class Story:
                 device.round(f["round"]).update(update_bytes=f["bytes"], bytes_resent=f["bytes_resent"])
                 again = f", {f['bytes_resent']} bytes of it twice" if f["bytes_resent"] else ""
                 return f"update of {f['bytes'] / 1e3:.0f} kB received by the server{again}"
+            case "training.failed" if f["memory"]:
+                # no problem yet: what comes next is a smaller choice, or a decline
+                return f"ran out of memory: {f['message']}"
             case "training.failed" | "trainer.died" | "round.decline" | "problem" | "agent.failed":
                 self.problems.append(f"{device.device.id}: {f['message']}")
                 return f"{event}: {f['message']}"
