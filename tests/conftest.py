@@ -11,7 +11,7 @@ from aggregator.broker.embedded import EmbeddedBroker, start_embedded
 
 # What the core alone cannot run: where an extra is not installed, its rooms' tests are not collected.
 _EXTRAS = {
-    "numpy": ("aggregator", "benchmarks", "examples", "merging", "methods", "planner", "updates"),
+    "numpy": ("aggregator", "benchmarks", "examples", "faults", "merging", "methods", "planner", "updates"),
     "sqlalchemy": ("aggregator",),
     "torch": ("e2e", "training"),
 }
