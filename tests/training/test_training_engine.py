@@ -273,12 +273,12 @@ def test_accumulated_batches_count_as_one(bench: Bench) -> None:
 def test_probe_gives_a_fit(bench: Bench) -> None:
     reply = bench.ask(Probe(id=5, setup=bench.setup))
     assert isinstance(reply, Probed), reply
-    assert [(p.depth, p.quantized_layers) for p in reply.fit.probes] == [
-        (1, 1),
-        (1, 0),
-        (2, 2),
-        (3, 3),
-        (3, 0),
+    assert [(p.depth, p.quantized_layers, p.micro_batch) for p in reply.fit.probes] == [
+        (1, 1, 0),
+        (1, 0, 0),
+        (3, 3, 2),  # a quarter of the batch
+        (3, 3, 0),
+        (3, 0, 0),
     ]
     assert reply.fit.micro_batch == 8 and reply.fit.max_length == 12 and "torch" in reply.fit.machine
 
