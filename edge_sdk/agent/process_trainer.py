@@ -217,7 +217,7 @@ class _Child:
             _log.debug("the trainer's socket ended: %s", error)
         except ProtocolError as error:
             self._log.write(f"not understood by the agent: {error}\n".encode())
-            self.process.kill()
+            self.process.terminate()  # not SIGKILL: that is what memory's death looks like
         self._bury()
 
     def _pass_on(self, reply: TrainerReply) -> None:

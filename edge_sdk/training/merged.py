@@ -62,8 +62,15 @@ def write_merged(
     """Writes config, weights, tokenizer and a model card; replaces an older folder at once.
 
     Raises BaseModelError for a base that is quantized or not the version's, ContainerError for a version that
-    is not whole.
+    is not whole, or has parts that its merge rule folded into the base already.
     """
+    folded = sorted(key for key in version.sizes if key.startswith("fold."))
+    if folded:
+        raise ContainerError(
+            f"the version has {len(folded)} parts folded into the base, {folded[0]!r} the first, "
+            "which a merged model would lack",
+            "export a version of a run whose merge rule folds nothing",
+        )
     checkpoint = Checkpoint.open(base)
     config = read_config(base, labels, task)
     net, _ = build_empty(config, base, task)

@@ -114,7 +114,8 @@ def test_it_starts_under_the_allocator_that_is_wanted(
 def test_a_worker_that_talks_nonsense_is_ended(host: Host) -> None:
     host.ask("garbage")
     reply = host.answer()
-    assert isinstance(reply, Died) and reply.exit == -signal.SIGKILL
+    assert isinstance(reply, Died) and reply.exit == -signal.SIGTERM and not reply.memory
+    assert "not understood" in reply.message
 
 
 def test_interrupt_ends_a_request(host: Host) -> None:
