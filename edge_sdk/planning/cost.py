@@ -118,12 +118,13 @@ def phases(shape: ModelShape, lora: LoraShape, setting: Setting) -> tuple[Phase,
     plain = depth - packed
     kept = (plain * (at.plain + at.state), packed * (at.packed + at.state))
     whole = plain == 0
+    mixed = at.pieces if packed and plain else 0.0
     found = [
-        Phase("backward", *kept, _room(at, at.packed_room if whole else at.plain_room), whole),
+        Phase("backward", *kept, _room(at, at.packed_room if whole else at.plain_room) + mixed, whole),
         Phase("loss", *kept, _room(at, at.loss_room), whole),
     ]
-    if packed and plain:
-        found.append(Phase("packed", plain * at.state, kept[1], _room(at, at.packed_room), True))
+    if mixed:
+        found.append(Phase("packed", plain * at.state, kept[1], _room(at, at.packed_room) + mixed, True))
     if depth < shape.layers:
         state = at.state
         found.append(Phase("frozen", plain * state, packed * state, at.head + at.frozen_room, whole))

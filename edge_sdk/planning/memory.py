@@ -75,6 +75,8 @@ class Counted:
     packed_room: float
     frozen_room: float
     loss_room: float
+    pieces: float
+    """What a heap that plain and packed layers share has in pieces beyond that of either."""
 
 
 @dataclass(frozen=True)
@@ -193,6 +195,7 @@ def counted(shape: ModelShape, lora: LoraShape, setting: Setting) -> Counted:
         packed_room=packed_room + decoded,
         frozen_room=unit * 2 + rows * size * _forward_inner(shape) + decoded,
         loss_room=_loss_room(shape, rows, unit) + decoded,
+        pieces=min(5.0 * unit, _PIECES_BYTES),
     )
 
 
