@@ -148,6 +148,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
         return True
     text = str(error)
+    # oneDNN could not map its code; of what it does not support it says "primitive descriptor"
+    if isinstance(error, RuntimeError) and text.strip() == "could not create a primitive":
+        return True
     return isinstance(error, (RuntimeError, OSError)) and any(
         sign in text
         for sign in ("can't allocate memory", "not enough memory", "bad_alloc", "Cannot allocate memory",

@@ -52,7 +52,7 @@ class Device:
 
 DEVICES = (
     Device("jetson-agx-orin-64gb"),
-    Device("jetson-orin-nano-8gb", memory_above_rest_mb=36.0),
+    Device("jetson-orin-nano-8gb", memory_above_rest_mb=40.0),
     Device("raspberry-pi-5", uplink_kbps=70.0),
 )
 
