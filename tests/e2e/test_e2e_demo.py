@@ -60,8 +60,8 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def summary(out: Path) -> Any:
-    """A hundred steps a device, at length 32."""
-    return demo(out, "--rounds", "3", "--steps", "33")
+    """75 steps a device, at length 32."""
+    return demo(out, "--rounds", "3")
 
 
 def choices(summary: Any) -> dict[str, tuple[int, int, str]]:
