@@ -9,12 +9,15 @@ With P = softmax(s q kᵀ + mask) and o = P v:
 
     ∂v = Pᵀ ∂o,  ∂P = ∂o vᵀ,  ∂S = P (∂P - rowsum(P ∂P)),  ∂q = s ∂S k,  ∂k = s ∂Sᵀ q
 
-on processors in blocks of heads or of query rows, elsewhere by the fused kernel run again.
-The output is offered as a recipe: who saves it has it computed from the same packed values.
+by the fused kernel run again, or where rows are long, on processors, in blocks of heads or of query rows,
+which take less memory and more time.
+The output is offered as a recipe: who saves it has it computed from the same packed values. It is asked for
+just before its own gradient is: where all fits in little memory, one run of the kernel serves both.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -34,6 +37,13 @@ NAME = "edge"
 
 _SCRATCH = 1 << 18
 """Scores made at a time, three float32 each."""
+
+
+_KERNEL_BYTES = 1 << 20
+"""Queries that the fused kernel is run again for at a time, on a processor. It needs five times as much."""
+
+_AGAIN_BYTES = 1 << 24
+"""Unpacked queries, keys and values that may be there from the output's making to its gradient."""
 
 
 def register() -> None:
@@ -161,39 +171,55 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, q: Any, k: Any, v: Any, call: _Call) -> Any:
         out = call.plain(q, k, v, call.mask)
         ctx.call, ctx.held = call, _hold(q, k, v, call)
-        call.keeper.offer(out, lambda held=ctx.held: _output(held, call))
+        ctx.again = _Again(ctx.held, call)
+        call.keeper.offer(out, ctx.again.output)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
-        held, call = ctx.held, ctx.call
-        by_blocks, batch = grad.device.type == "cpu", held[0].shape[0]
-        if by_blocks and batch == 1:
-            # what is unpacked is not needed once its gradient is there: one room for both
-            grads = tuple(h.own().to(grad.dtype) for h in held)
-            q, k, v = (g[0] for g in grads)
-            _by_blocks(q, k, v, grad[0].transpose(0, 1), call.mask, call, q, k, v)
-        else:
-            grads = tuple(_like_given(h, grad) for h in held)
-            step = _slab(batch, grad.device)
-            for start in range(0, batch, step):
-                stop = start + step
-                q, k, v = (h.part(start, stop).to(grad.dtype) for h in held)
-                mask, given = call.mask_of(start, stop), grad[start:stop]
-                slabs = tuple(g[start:stop] for g in grads)
-                if by_blocks:
-                    dq, dk, dv = (s[0] for s in slabs)
-                    _by_blocks(q[0], k[0], v[0], given[0].transpose(0, 1), mask, call, dq, dk, dv)
-                else:
-                    _by_kernel(q, k, v, given, mask, call, slabs)
-        for h in held:
+        grads = ctx.again.gradients(grad)
+        if grads is None:
+            grads = _gradients(ctx.held, grad, ctx.call)
+        for h in ctx.held:
             h.release()
         return (*grads, None)
 
 
-def _slab(batch: int, device: Any) -> int:
+def _gradients(held: tuple[Held, Held, Held], grad: Any, call: _Call) -> tuple[Any, ...]:
+    """Of queries, keys and values, a few rows of the batch at a time."""
+    batch = held[0].shape[0]
+    by_blocks = grad.device.type == "cpu" and _row_bytes(held) > _KERNEL_BYTES
+    if by_blocks and batch == 1:
+        # what is unpacked is not needed once its gradient is there: one room for both
+        grads = tuple(h.own().to(grad.dtype) for h in held)
+        q, k, v = (g[0] for g in grads)
+        _by_blocks(q, k, v, grad[0].transpose(0, 1), call.mask, call, q, k, v)
+        return grads
+    grads = tuple(_like_given(h, grad) for h in held)
+    step = _slab(held, grad.device)
+    for start in range(0, batch, step):
+        stop = start + step
+        q, k, v = (h.part(start, stop).to(grad.dtype) for h in held)
+        mask, given = call.mask_of(start, stop), grad[start:stop]
+        slabs = tuple(g[start:stop] for g in grads)
+        if by_blocks:
+            dq, dk, dv = (s[0] for s in slabs)
+            _by_blocks(q[0], k[0], v[0], given[0].transpose(0, 1), mask, call, dq, dk, dv)
+        else:
+            _by_kernel(q, k, v, given, mask, call, slabs)
+    return grads
+
+
+def _slab(held: Any, device: Any) -> int:
     """Rows of the batch unpacked at a time: few, for memory; not so few that a GPU waits for its launches."""
-    return 1 if device.type == "cpu" else -(-batch // 4)
+    if device.type == "cpu":
+        return max(1, _KERNEL_BYTES // _row_bytes(held))
+    return -(-int(held[0].shape[0]) // 4)
+
+
+def _row_bytes(held: Any) -> int:
+    """Of the queries of one row of the batch, or of its keys where there are more, in float32."""
+    return max(4 * int(math.prod(h.shape[1:])) for h in held)
 
 
 def _like_given(held: Any, grad: Any) -> Any:
@@ -202,17 +228,34 @@ def _like_given(held: Any, grad: Any) -> Any:
     return torch.empty((batch, positions, heads, size), dtype=grad.dtype, device=grad.device).transpose(1, 2)
 
 
-def _output(held: Any, call: _Call) -> Any:
-    """The output again, from what is kept."""
-    batch = held[0].shape[0]
-    step = _slab(batch, held[0].device)
-    made = []
-    with torch.no_grad():
+class _Again:
+    """The output again, from what is kept; where that is small, with its graph, for its gradient."""
+
+    def __init__(self, held: tuple[Held, Held, Held], call: _Call) -> None:
+        self._held, self._call = held, call
+        self._made: tuple[tuple[Any, ...], Any] | None = None
+
+    def output(self) -> Any:
+        held, call = self._held, self._call
+        batch, dtype = held[0].shape[0], held[2].dtype
+        small = sum(math.prod(h.shape) for h in held) * dtype.itemsize <= _AGAIN_BYTES
+        step = batch if small else _slab(held, held[0].device)
+        made = []
         for start in range(0, batch, step):
             stop = start + step
-            parts = [h.part(start, stop) for h in held]
-            made.append(call.plain(*(p.to(parts[2].dtype) for p in parts), call.mask_of(start, stop)))
-    return made[0] if len(made) == 1 else torch.cat(made)
+            parts = tuple(h.part(start, stop).to(dtype).detach().requires_grad_(small) for h in held)
+            with torch.set_grad_enabled(small):
+                made.append(call.plain(*parts, call.mask_of(start, stop)))
+            if small:
+                self._made = parts, made[0]
+        return made[0].detach() if len(made) == 1 else torch.cat(made)
+
+    def gradients(self, grad: Any) -> tuple[Any, ...] | None:
+        """Of queries, keys and values, if the output was made with its graph; that is let go of."""
+        if self._made is None:
+            return None
+        (leaves, out), self._made = self._made, None
+        return tuple(torch.autograd.grad(out, leaves, grad))
 
 
 def _by_kernel(q: Any, k: Any, v: Any, grad: Any, mask: Any, call: _Call, into: Any) -> None:

@@ -16,23 +16,11 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from edge_sdk.training.activations.feed_forward import FeedForward, keeps_graph
+from edge_sdk.training.activations.held import Held
 from edge_sdk.training.activations.norms import KeptNorm
 from edge_sdk.training.activations.plan import LayerPlan, Recompute
 
 __all__ = ["ExactKeeper", "checkpointed"]
-
-
-class _Exact:
-    """A tensor held as it is."""
-
-    def __init__(self, tensor: Any) -> None:
-        self._tensor = tensor.detach()
-
-    def get(self) -> Any:
-        return self._tensor
-
-    def rows(self, start: int, stop: int) -> Any:
-        return self._tensor.reshape(-1, self._tensor.shape[-1])[start:stop]
 
 
 class ExactKeeper:
@@ -42,7 +30,7 @@ class ExactKeeper:
         self.plan = LayerPlan(form=None, recompute=recompute)
 
     def hold(self, tensor: Any) -> Any:
-        return _Exact(tensor)
+        return Held(tensor, None)
 
     def offer(self, tensor: Any, build: Callable[[], Any]) -> None:
         """Nothing is rebuilt."""

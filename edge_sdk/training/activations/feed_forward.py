@@ -14,8 +14,9 @@ Only what a gradient needs is kept: x for the A of up and gate, and (rank, rows)
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,8 +30,8 @@ __all__ = ["FeedForward", "Parts", "keeps_graph"]
 
 Pairs = list[tuple[Any, Any]]
 
-_CHUNK_ELEMENTS = 3 << 18
-"""Inner values in a chunk: 3 MB in fp32, which a shared cache holds."""
+_CHUNK_ELEMENTS = 3 << 19
+"""Inner values in a chunk: 6 MB in fp32. Products of half as many rows are slower on some processors."""
 
 _LEAST_ROWS = 64
 """Shorter products lose speed."""
@@ -101,9 +102,8 @@ class FeedForward(nn.Module):
         weights = _Weights(parts.linears, x.dtype)
         for part in self.chunks(rows.shape[0], weights):
             inner, products = self.inner(rows[part], pairs, weights)
-            if keep is not None:
-                keep.inner(part, inner)
-            middle = _combine(parts, inner, parts.function.exact)
+            needed = keep is not None and keep.inner(part, inner)
+            middle = _middle(parts, inner, needed)
             del inner
             y[part], last = lora_forward(parts.down, middle, *pairs[-1], weights(parts.down))
             if keep is not None:
@@ -166,12 +166,24 @@ class _Kept:
         self.held: list[list[Any]] = []
         self.products: list[list[Any]] = []
 
-    def inner(self, chunk: slice, values: list[Any]) -> None:
+    def inner(self, chunk: slice, values: list[Any]) -> bool:
+        """Whether they are kept as they are."""
+        held = [self._keeper.hold(value) for value in values] if self._wants_inner else []
         self.chunks.append(chunk)
-        self.held.append([self._keeper.hold(value) for value in values] if self._wants_inner else [])
+        self.held.append(held)
+        return any(h.is_exact for h in held)
 
     def narrow(self, products: list[Any]) -> None:
         self.products.append([p if w else None for p, w in zip(products, self._wants_narrow, strict=True)])
+
+
+def _middle(parts: Parts, inner: list[Any], needed: bool) -> Any:
+    """What the last linear takes, to the bit; written over ``inner`` unless that is still needed."""
+    over = parts.function.over
+    if needed or over is None or parts.halves:
+        return _combine(parts, inner, parts.function.exact)
+    middle = over(inner[0])
+    return middle if len(inner) == 1 else middle.mul_(inner[1])
 
 
 def _combine(parts: Parts, inner: list[Any], function: Any) -> Any:
@@ -183,14 +195,14 @@ def _combine(parts: Parts, inner: list[Any], function: Any) -> Any:
 
 
 def _split(parts: Parts, inner: list[Any], grad: Any) -> list[Any]:
-    """Gradients of ``inner`` from that of what the last linear takes."""
+    """Gradients of ``inner`` from that of what the last linear takes, which they may be written into."""
     function = parts.function
     if parts.halves:
         gate, up = inner[0].chunk(2, dim=-1)
         return [torch.cat((function.gradient(grad * up, gate), grad * function.value(gate)), dim=-1)]
     if len(inner) == 1:
         return [function.gradient(grad, inner[0])]
-    return [function.gradient(grad * inner[1], inner[0]), grad * function.value(inner[0])]
+    return [function.gradient(grad * inner[1], inner[0]), grad.mul_(function.value(inner[0]))]
 
 
 class _FeedForward(torch.autograd.Function):
@@ -221,26 +233,29 @@ class _FeedForward(torch.autograd.Function):
         for chunk, held, products in zip(kept.chunks, kept.held, kept.products, strict=True):
             some = None if x is None else x[chunk]
             inner = block.inner(some, pairs, weights)[0] if ctx.again else [h.get() for h in held]
-            middle = _combine(parts, inner, parts.function.value) if wants[-1][0] else None
-            past, *gained = lora_backward(
-                parts.down, rows[chunk], middle, products[-1], *pairs[-1],
-                (before, *wants[-1]), weights(parts.down),
+            A, B = pairs[-1]
+            of_down = partial(
+                lora_backward, parts.down, rows[chunk],
+                down=products[-1], A=A, B=B, frozen=weights(parts.down),
             )  # fmt: skip
-            totals.add(len(parts.ups), gained)
+            # its factors first, and its input apart: what they take of inner width is gone by then
+            middle = _combine(parts, inner, parts.function.value) if wants[-1][0] else None
+            totals.add(len(parts.ups), of_down(x=middle, needs=(False, *wants[-1]))[1:])
             del middle
             if not before:
                 continue
-            grads = _split(parts, inner, past)
-            del inner, past
+            grads = _split(parts, inner, of_down(x=None, needs=(True, False, False))[0])
+            del inner
             for i, linear in enumerate(parts.ups):
                 below, *gained = lora_backward(
-                    linear, grads[i], some, products[i], *pairs[i], (wants_x, *wants[i]), weights(linear)
+                    linear, grads.pop(0), some, products[i], *pairs[i], (wants_x, *wants[i]), weights(linear)
                 )
                 totals.add(i, gained)
                 if grad_x is not None and i == 0:
                     grad_x[chunk] = below
                 elif grad_x is not None:
                     grad_x[chunk] += below
+                del below
         if not keeps_graph():
             ctx.kept = None  # the graph may outlive this node by far
         return None if grad_x is None else grad_x.view(*grad.shape[:-1], -1), None, None, *totals.sums
@@ -262,7 +277,7 @@ class _Totals:
     def __init__(self, count: int) -> None:
         self.sums: list[Any] = [None] * count
 
-    def add(self, linear: int, gained: list[Any]) -> None:
+    def add(self, linear: int, gained: Sequence[Any]) -> None:
         """The gradients of a linear's A and B, None where there are none."""
         for i, value in enumerate(gained, start=2 * linear):
             if value is not None:

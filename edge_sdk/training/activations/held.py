@@ -56,10 +56,10 @@ class Kept:
 class Held:
     """A tensor as it is kept for the backward pass: exact, or a view of something packed or made again."""
 
-    __slots__ = ("_exact", "_kept", "_made", "_offset", "_read", "_stride", "device", "shape")
+    __slots__ = ("_exact", "_kept", "_made", "_offset", "_read", "_stride", "device", "dtype", "shape")
 
     def __init__(self, tensor: Any, kept: Kept | None, offset: int = 0) -> None:
-        self.shape, self.device = tensor.shape, tensor.device
+        self.shape, self.device, self.dtype = tensor.shape, tensor.device, tensor.dtype
         self._stride, self._offset = tensor.stride(), offset
         self._kept = kept
         self._read = kept is None

@@ -28,35 +28,60 @@ class Nonlinear:
     Attributes:
         name: what it was found to be; ``autograd`` where it is not known.
         exact: the model's own function, for the forward pass.
+        over: the same to the bit, written over its argument; None where no such one is known.
         value: the same to rounding, for rebuilding it in backward.
-        gradient: (grad, h) -> grad · f'(h).
+        gradient: (grad, h) -> grad · f'(h), where it can be written into ``grad``.
     """
 
     name: str
     exact: Callable[[Any], Any]
+    over: Callable[[Any], Any] | None
     value: Callable[[Any], Any]
     gradient: Callable[[Any, Any], Any]
 
 
 def _quick_gradient(grad: Any, h: Any) -> Any:
     # d/dh h σ(c h) is the derivative of silu at c h
-    return _aten.silu_backward(grad, h * _QUICK)
+    return _into(_aten.silu_backward)(grad, h * _QUICK)
 
+
+def _into(backward: Any, **words: Any) -> Callable[[Any, Any], Any]:
+    """torch's derivative of a function, its result in the place of ``grad``."""
+
+    def gradient(grad: Any, h: Any) -> Any:
+        return backward.grad_input(grad, h, **words, grad_input=grad)
+
+    return gradient
+
+
+def _tanh_gradient(grad: Any, h: Any) -> Any:
+    return _into(_aten.tanh_backward)(grad, torch.tanh(h))
+
+
+_OVER: dict[str, Callable[[Any], Any]] = {
+    "gelu": torch._C._nn.gelu_,
+    "gelu-tanh": partial(torch._C._nn.gelu_, approximate="tanh"),
+    "silu": partial(functional.silu, inplace=True),
+    "relu": torch.relu_,
+    "quick-gelu": lambda h: h.mul_(torch.sigmoid(_QUICK * h)),
+    "relu-squared": lambda h: torch.relu_(h).square_(),
+    "tanh": torch.tanh_,
+}
 
 _KNOWN: dict[str, tuple[Callable[[Any], Any], Callable[[Any, Any], Any]]] = {
-    "gelu": (functional.gelu, _aten.gelu_backward),
+    "gelu": (functional.gelu, _into(_aten.gelu_backward)),
     "gelu-tanh": (
         partial(functional.gelu, approximate="tanh"),
-        partial(_aten.gelu_backward, approximate="tanh"),
+        _into(_aten.gelu_backward, approximate="tanh"),
     ),
-    "silu": (functional.silu, _aten.silu_backward),
-    "relu": (functional.relu, lambda grad, h: _aten.threshold_backward(grad, h, 0)),
+    "silu": (functional.silu, _into(_aten.silu_backward)),
+    "relu": (functional.relu, _into(_aten.threshold_backward, threshold=0)),
     "quick-gelu": (lambda h: h * torch.sigmoid(_QUICK * h), _quick_gradient),
     "relu-squared": (
         lambda h: functional.relu(h).square_(),
-        lambda grad, h: grad * functional.relu(h).mul_(2),
+        lambda grad, h: grad.mul_(functional.relu(h).mul_(2)),
     ),
-    "tanh": (torch.tanh, lambda grad, h: _aten.tanh_backward(grad, torch.tanh(h))),
+    "tanh": (torch.tanh, _tanh_gradient),
 }
 
 
@@ -75,8 +100,9 @@ def nonlinear(function: Callable[[Any], Any]) -> Nonlinear | None:
         return None
     for name, (value, gradient) in _KNOWN.items():
         if _close(value(grid), values.detach()) and _close(gradient(torch.ones_like(grid), grid), slopes):
-            return Nonlinear(name, function, value, gradient)
-    return Nonlinear("autograd", function, function, partial(_by_autograd, function))
+            over = _OVER[name] if torch.equal(_OVER[name](grid.clone()), values) else None
+            return Nonlinear(name, function, over, value, gradient)
+    return Nonlinear("autograd", function, None, function, partial(_by_autograd, function))
 
 
 def _close(given: Any, expected: Any) -> bool:
