@@ -1,25 +1,21 @@
-"""The aggregator: one actor, one inbox, one thread. What it decides is in the rooms it holds together.
+"""The aggregator: an actor that holds the rooms together in which everything is decided.
 
-``handle`` takes one event, ``tick`` does what is due; ``run_forever`` feeds both until the run is over, and
-a simulator may do so in its place. Nothing waits: a message, a trainer's answer or time moves things on.
+Nothing waits: a message, a trainer's answer or time moves things on.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
-import queue
 import shutil
-import threading
 import uuid
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from aggregator.actor import Actor, ServerEvent, Stop
 from aggregator.brokerage import Brokerage
 from aggregator.evaluation import Evaluator
 from aggregator.methods.merging import method_of
@@ -33,7 +29,7 @@ from edge_sdk.config.run import RunConfig
 from edge_sdk.errors import BrokerError, EdgeError, StateError
 from edge_sdk.events import Event, EventBus
 from edge_sdk.protocol.topics import Topics
-from edge_sdk.protocol.trainer import Progress, TrainerHost, TrainerReply
+from edge_sdk.protocol.trainer import Progress, TrainerHost
 from edge_sdk.protocol.wire import AggregatorState, Run, encode
 from edge_sdk.transport.base import Connection, Inbound, Transport, Will
 from edge_sdk.transport.objects import ObjectStore
@@ -41,25 +37,17 @@ from edge_sdk.transport.objects import ObjectStore
 if TYPE_CHECKING:
     from aggregator.metrics import Metrics
 
-__all__ = ["Aggregator", "Stop"]
+__all__ = ["Aggregator"]
 
-_log = logging.getLogger(__name__)
 _LONGEST_S = 60.0
 _SAVE_S = 2.0
 _PAUSED_S = 1.0
 """How often a pause looks for room."""
-_BATCH = 256
-"""Events handled before time is looked at again: a flood does not stop the clock."""
 _GIVE_UP_S = 30.0
 """A broker that was never reached is an error after so long; one that was is waited for for ever."""
 
 
-@dataclass(frozen=True)
-class Stop:
-    """End the server; everything stays where it is, and the same command goes on."""
-
-
-class Aggregator:
+class Aggregator(Actor):
     """Runs one run to its end.
 
     Args:
@@ -81,12 +69,11 @@ class Aggregator:
         on_event: Callable[[Event], None] | None = None,
         disk_free: Callable[[Path], float] | None = None,
     ) -> None:
+        super().__init__()
         self.config = config
         self.events = EventBus()
         if on_event is not None:
             self.events.subscribe(on_event)
-        self.error: EdgeError | None = None
-        self.done = False
         self.traffic: Counter[str] = Counter()
         self._clock = clock or SystemClock()
         self._topics = Topics(config.broker.namespace)
@@ -95,7 +82,6 @@ class Aggregator:
         self._brokerage = Brokerage(config.broker, self._folder, transport)
         self._trainer = trainer
         self._epoch = uuid.uuid4().hex
-        self._inbox: queue.SimpleQueue[Inbound | Connection | TrainerReply | Stop] = queue.SimpleQueue()
         self._running: Running | None = None
         self._paused: tuple[Run, Path, AggregatorState] | None = None
         """What to go on with, and what is said until then, while the rounds pause."""
@@ -103,53 +89,8 @@ class Aggregator:
         self._opened = self._closed = False
         self._store_or_none: Store | None = None
         self._ever_connected = False
-        self._thread: threading.Thread | None = None
 
     # Life
-
-    def start(self) -> None:
-        """Opens here, so that errors are raised here, and runs in a thread of its own."""
-        self.open()
-        self._thread = threading.Thread(target=self._run_quietly, name="aggregator", daemon=True)
-        self._thread.start()
-
-    def ask_to_stop(self) -> None:
-        """``run_forever`` ends in order, soon. From any thread, and from a signal's handler."""
-        self._inbox.put(Stop())
-
-    def stop(self) -> None:
-        """Asks, and waits until the thread that ``start`` began has ended. May be called twice."""
-        self.ask_to_stop()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """Whether the server that ``start`` began has ended. Raises what it ended with."""
-        if self._thread is not None:
-            self._thread.join(timeout)
-        if self.error is not None:
-            raise self.error
-        return self.done
-
-    def run_forever(self) -> None:
-        """Until the run is over, ``stop``, or an error, which is raised."""
-        try:
-            self.open()
-            while not self.done:
-                self.step(self.tick())
-        finally:
-            self.close()
-        if self.error is not None:
-            raise self.error
-
-    def _run_quietly(self) -> None:
-        try:
-            self.run_forever()
-        except EdgeError as error:
-            self.error = error
-        except Exception as error:
-            _log.exception("the server failed")
-            self.error = StateError(f"the server failed: {type(error).__name__}: {error}")
 
     def open(self) -> None:
         """Takes the state folder, goes on where it stands, and connects. Does nothing the second time.
@@ -270,20 +211,7 @@ class Aggregator:
 
     # Events and time
 
-    def step(self, wait_s: float = 0.0) -> bool:
-        """Handles what is in the inbox, waiting at most ``wait_s`` for the first; whether there was any."""
-        handled = 0
-        with contextlib.suppress(queue.Empty):
-            event = self._inbox.get(timeout=wait_s) if wait_s > 0 else self._inbox.get_nowait()
-            while not self.done:
-                handled += 1
-                self.handle(event)
-                if handled >= _BATCH:
-                    break
-                event = self._inbox.get_nowait()
-        return handled > 0
-
-    def handle(self, event: Inbound | Connection | TrainerReply | Stop) -> None:
+    def handle(self, event: ServerEvent) -> None:
         """Takes one event. Never raises for what a device sent; an error of our own ends the server."""
         try:
             match event:

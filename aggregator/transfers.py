@@ -17,7 +17,8 @@ from edge_sdk.protocol.base import Record
 from edge_sdk.protocol.frames import HEADER_BYTES, Chunk, transfer_id
 from edge_sdk.protocol.wire import Announce, Have
 from edge_sdk.transport.objects import ObjectStore
-from edge_sdk.transport.transfer import ObjectReceiver, ObjectSender
+from edge_sdk.transport.receiving import ObjectReceiver
+from edge_sdk.transport.sending import ObjectSender
 
 __all__ = ["Downloads", "Ledger", "Upload", "Uploads"]
 

@@ -11,7 +11,8 @@ from edge_sdk.errors import ContainerError
 from edge_sdk.faults import reached
 from edge_sdk.protocol.frames import Chunk, transfer_id
 from edge_sdk.protocol.wire import Have, VersionRef
-from edge_sdk.transport.transfer import ObjectReceiver, chunk_count, sweep_partials
+from edge_sdk.transport.chunks import chunk_count
+from edge_sdk.transport.receiving import ObjectReceiver, sweep_partials
 
 __all__ = ["Downloads"]
 

@@ -15,7 +15,7 @@ from edge_sdk.faults import reached
 from edge_sdk.protocol.frames import HEADER_BYTES, transfer_id
 from edge_sdk.protocol.wire import Announce, Have, Receipt, Refusal
 from edge_sdk.transport.outbox import OutboxItem
-from edge_sdk.transport.transfer import ObjectSender
+from edge_sdk.transport.sending import ObjectSender
 
 __all__ = ["Uploads"]
 

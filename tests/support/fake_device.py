@@ -62,7 +62,8 @@ from edge_sdk.protocol.wire import (
 from edge_sdk.transport.base import Connection, Inbound, Will
 from edge_sdk.transport.memory import MemoryBroker, MemoryTransport
 from edge_sdk.transport.objects import ObjectStore
-from edge_sdk.transport.transfer import ObjectReceiver, ObjectSender
+from edge_sdk.transport.receiving import ObjectReceiver
+from edge_sdk.transport.sending import ObjectSender
 from edge_sdk.updates.delta import write_update
 from edge_sdk.updates.keys import Adapter, tuned_keys
 from edge_sdk.updates.versions import read_adapter

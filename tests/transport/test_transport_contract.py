@@ -18,8 +18,9 @@ from edge_sdk.protocol.topics import Topics
 from edge_sdk.protocol.wire import Have, decode_as, encode
 from edge_sdk.transport.base import Will
 from edge_sdk.transport.objects import ObjectStore
+from edge_sdk.transport.receiving import ObjectReceiver
 from edge_sdk.transport.rules import MAX_PAYLOAD_BYTES
-from edge_sdk.transport.transfer import ObjectReceiver, ObjectSender
+from edge_sdk.transport.sending import ObjectSender
 
 Join = Callable[..., Peer]
 T = Topics(NAMESPACE)

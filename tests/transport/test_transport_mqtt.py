@@ -416,7 +416,8 @@ def test_it_stops_while_it_cannot_connect() -> None:
 def test_the_transport_is_light() -> None:
     code = (
         "import sys\n"
-        "import edge_sdk.transport.mqtt, edge_sdk.transport.transfer, edge_sdk.transport.outbox\n"
+        "import edge_sdk.transport.mqtt, edge_sdk.transport.sending, edge_sdk.transport.receiving\n"
+        "import edge_sdk.transport.outbox\n"
         "heavy = {'torch', 'numpy', 'asyncio', 'safetensors', 'sqlalchemy', 'amqtt'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )

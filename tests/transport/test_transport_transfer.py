@@ -16,7 +16,8 @@ from edge_sdk.errors import ContainerError, ProtocolError, StateError
 from edge_sdk.protocol.frames import Chunk, decode_chunk
 from edge_sdk.protocol.wire import Have, decode_as, encode
 from edge_sdk.transport.objects import ObjectStore
-from edge_sdk.transport.transfer import ObjectReceiver, ObjectSender, sweep_partials
+from edge_sdk.transport.receiving import ObjectReceiver, sweep_partials
+from edge_sdk.transport.sending import ObjectSender
 
 CHUNK = 1024
 TRANSFER = b"t" * 16
