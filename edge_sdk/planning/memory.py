@@ -36,7 +36,7 @@ RECOMPUTE = ("none", "outputs", "inner", "layer")
 GROUP = 32
 """Packed values that share a scale and an offset: of 4 bytes each at 8 bits, of 2 below."""
 
-CHUNK_VALUES = 3 << 18
+CHUNK_VALUES = 3 << 19
 """Inner values that the feed-forward block has at a time where it runs in chunks."""
 
 LOSS_BYTES = 32 << 20
@@ -45,8 +45,14 @@ LOSS_BYTES = 32 << 20
 DECODED_BYTES = 16 << 20
 """Of a weight of a packed base that is made whole at a time, at most."""
 
+_AGAIN_BYTES = 1 << 24
+"""Queries, keys and values of a layer that the attention inside the store unpacks at once, at most."""
+
+_ROW_BYTES = 1 << 20
+"""Queries of a row of the batch from which on it goes back in blocks, not by the fused kernel."""
+
 _SCORES = 1 << 18
-"""Scores that the attention inside the store has at a time, three float32 each."""
+"""Scores that it has at a time then, three float32 each."""
 
 _PIECES_BYTES = 8e6
 """What was let go of a moment ago and is not yet given back, at most: where tensors are packed as soon as
@@ -214,12 +220,19 @@ def _rooms(shape: ModelShape, setting: Setting, rows: int, size: int) -> tuple[f
             return 2 * inner + 2 * unit + pieces / 2, 5 * inner + 2 * unit + pieces
         more = (_COMPOSED.get(shape.activation, 1) - 1) * inner
         return inner + 2 * unit + more / 2 + pieces / 2, 3 * inner + 2 * unit + more + pieces
-    chunk = min(rows * i, CHUNK_VALUES) * 4 * (6 if shape.gated else 3)
-    block = 2 * unit + chunk
-    scores = 12 * min(_SCORES, shape.heads * setting.max_length**2)
-    attention = 2 * unit + rows * size * (shape.query_width + 2 * shape.key_width) + scores
-    room = float(max(block, attention))
-    return room + pieces / 2, room + unit + pieces
+    chunk = 4.0 * min(rows * i, CHUNK_VALUES)
+    plain, packed = (3, 5) if shape.gated else (1, 2)
+    held = 1.0 * rows * size * (shape.query_width + 2 * shape.key_width)
+    gradients = 2 * unit + held
+    if held <= _AGAIN_BYTES:  # all is unpacked, and there is the output too
+        unpacked = held
+    elif 4 * setting.max_length * shape.query_width <= _ROW_BYTES:
+        unpacked = 5.0 * _ROW_BYTES
+    else:
+        unpacked = 12.0 * min(_SCORES, shape.heads * setting.max_length**2)
+    in_plain = max(2 * unit + plain * chunk, gradients)
+    in_packed = max(2 * unit + packed * chunk, gradients + unpacked)
+    return in_plain + pieces / 2, in_packed + unit + pieces
 
 
 def _loss_room(shape: ModelShape, rows: int, unit: float) -> float:
