@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Kept", "digest"]
+from benchmarks.processes import measure
+
+__all__ = ["Kept", "digest", "measure_missing"]
 
 
 class Kept:
@@ -42,3 +44,38 @@ class Kept:
 def digest(config: Mapping[str, Any]) -> str:
     """Names a config: measurements of another one are other measurements."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def measure_missing(
+    missing: Sequence[dict[str, Any]],
+    kept: Kept,
+    module: str,
+    what: Callable[[Sequence[dict[str, Any]]], Mapping[str, Any]],
+    *,
+    processes: int,
+    told: Callable[[Mapping[str, Any]], str],
+) -> None:
+    """Shares the measurements out among processes of one thread; each row is kept, and told, as it comes.
+
+    Args:
+        what: what ``measure`` gives to a process that is to make these.
+
+    Raises the first error of any process, when all have ended.
+    """
+    failures: list[BaseException] = []
+
+    def work(part: Sequence[dict[str, Any]]) -> None:
+        try:
+            for row in measure(module, what(part), threads=1):
+                print(f"{kept.add(row):3}  {told(row)}", flush=True)
+        except BaseException as error:
+            failures.append(error)
+
+    count = min(processes, len(missing))
+    threads = [threading.Thread(target=work, args=(missing[i::count],)) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]

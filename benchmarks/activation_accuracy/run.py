@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import threading
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.kept import Kept, digest
-from benchmarks.processes import measure
+from benchmarks.kept import Kept, digest, measure_missing
 from benchmarks.results import Claim, at_most, write_result
 from examples.docstring_tasks import Task, area_task, word_order_task, write_jsonl
 
@@ -83,27 +81,16 @@ def _train_all(chosen: list[dict[str, Any]], config: dict[str, Any], kept: Kept)
         return
     tasks = {task.name: task for task in (area_task(WORK), word_order_task(WORK))}
     data = {name: _written(tasks[name]) for name in config["tasks"]}
-    failures: list[BaseException] = []
+    measure_missing(
+        chosen, kept, "benchmarks.activation_accuracy.training",
+        lambda part: {"trainings": part, "config": config, "data": data, "base": str(minilm())},
+        processes=config["processes"], told=_told,
+    )  # fmt: skip
 
-    def work(part: list[dict[str, Any]]) -> None:
-        what = {"trainings": part, "config": config, "data": data, "base": str(minilm())}
-        try:
-            for row in measure("benchmarks.activation_accuracy.training", what, threads=1):
-                done = kept.add(row)
-                name = f"{row['task']}, {row['arm']['name']}, seed {row['seed']}"
-                did = f"{row['accuracy']:.4f}, loss {row['loss']:.4f} ({row['seconds']:.0f} s)"
-                print(f"{done:3}  {name}: {did}", flush=True)
-        except BaseException as error:
-            failures.append(error)
 
-    count = min(config["processes"], len(chosen))
-    threads = [threading.Thread(target=work, args=(chosen[i::count],)) for i in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise failures[0]
+def _told(row: Mapping[str, Any]) -> str:
+    name = f"{row['task']}, {row['arm']['name']}, seed {row['seed']}"
+    return f"{name}: {row['accuracy']:.4f}, loss {row['loss']:.4f} ({row['seconds']:.0f} s)"
 
 
 def _written(task: Task) -> dict[str, Any]:

@@ -24,7 +24,6 @@ class Arm:
         factors: the LoRA factors that are trained.
         chunked_loss: the loss of a causal LM without ever holding its logits.
         only: shapes that it is measured on; empty: all.
-        point: a point of the plot that no claim needs: visited half as often.
     """
 
     name: str
@@ -34,7 +33,6 @@ class Arm:
     factors: str = "AB"
     chunked_loss: bool = True
     only: tuple[str, ...] = ()
-    point: bool = False
 
     @property
     def ours(self) -> bool:
@@ -64,15 +62,13 @@ class Arm:
         return result
 
 
-def _all(
-    name: str, kind: str, form: Form | None, recompute: Recompute, factors: str = "AB", point: bool = False
-) -> Arm:
-    return Arm(name, kind, plans=((1.0, LayerPlan(form, recompute)),), factors=factors, point=point)
+def _all(name: str, kind: str, form: Form | None, recompute: Recompute, factors: str = "AB") -> Arm:
+    return Arm(name, kind, plans=((1.0, LayerPlan(form, recompute)),), factors=factors)
 
 
 def _two(name: str, low: LayerPlan, high: LayerPlan, share: float) -> Arm:
     """``share`` of the layers, the lowest, by ``low``; what works hard there works when little is kept."""
-    return Arm(name, "mixture", plans=((share, low), (1.0 - share, high)), point=True)
+    return Arm(name, "mixture", plans=((share, low), (1.0 - share, high)))
 
 
 ARMS: tuple[Arm, ...] = (
@@ -82,20 +78,20 @@ ARMS: tuple[Arm, ...] = (
     Arm("checkpoint every 1, chunked loss", "checkpoint", every=1, only=("llama",)),
     Arm("checkpoint every 2, chunked loss", "checkpoint", every=2, only=("llama",)),
     Arm("checkpoint every 4, chunked loss", "checkpoint", every=4, only=("llama",)),
-    Arm("LoRA-FA", "lora-fa", factors="B", chunked_loss=False, point=True),
-    _all("exact, outputs", "exact", None, "outputs", point=True),
-    _all("exact, inner", "exact", None, "inner", point=True),
-    _all("int8, none", "int8", INT8, "none", point=True),
+    Arm("LoRA-FA", "lora-fa", factors="B", chunked_loss=False),
+    _all("exact, outputs", "exact", None, "outputs"),
+    _all("exact, inner", "exact", None, "inner"),
+    _all("int8, none", "int8", INT8, "none"),
     _all("int8, outputs", "int8", INT8, "outputs"),
-    _all("int8, inner", "int8", INT8, "inner", point=True),
+    _all("int8, inner", "int8", INT8, "inner"),
     _all("int4, outputs", "int4", INT4, "outputs"),
     _all("int4, inner", "int4", INT4, "inner"),
-    _all("int4 drawn, outputs", "int4", INT4_DRAWN, "outputs", point=True),
-    _all("int2, inner", "int2", INT2, "inner", point=True),
-    _all("int4, inner, LoRA-FA", "lora-fa", INT4, "inner", "B", point=True),
-    _all("layer, exact", "layer", None, "layer", point=True),
+    _all("int4 drawn, outputs", "int4", INT4_DRAWN, "outputs"),
+    _all("int2, inner", "int2", INT2, "inner"),
+    _all("int4, inner, LoRA-FA", "lora-fa", INT4, "inner", "B"),
+    _all("layer, exact", "layer", None, "layer"),
     _all("layer, int8", "layer", INT8, "layer"),
-    _all("layer, int4", "layer", INT4, "layer", point=True),
+    _all("layer, int4", "layer", INT4, "layer"),
     _two("1/4 layer int4 + int4 inner", LayerPlan(INT4, "layer"), LayerPlan(INT4, "inner"), 0.25),
 )
 

@@ -25,7 +25,7 @@ def summary(rows: list[dict[str, Any]], shape: str) -> dict[str, Any]:
     gradients = {row["arm"]: row for row in mine if row["what"] == "gradient"}
     draws = {row["arm"]: row for row in mine if row["what"] == "draws"}
     plain = costs["plain"]
-    plain_s = _least_s(plain)
+    plain_s = min(row["step_s"] for row in plain)
     plain_mb = statistics.median(row["peak_mb"] for row in plain)
     # a chunked loss adds up in another order: its losses are compared with one another
     reference = {arm.chunked_loss: costs[name][0]["loss"] for name, arm in kinds.items()
@@ -38,7 +38,7 @@ def summary(rows: list[dict[str, Any]], shape: str) -> dict[str, Any]:
             "arm": name, "kind": arm.kind, "ours": arm.ours, "levers": arm.levers,
             "bits": arm.bits, "stochastic": arm.stochastic, "chunked_loss": arm.chunked_loss,
             "peak": statistics.median(row["peak_mb"] for row in costs[name]) / plain_mb,
-            "time": _least_s(costs[name]) / plain_s,
+            "time": min(row["step_s"] for row in costs[name]) / plain_s,
             "saved": gradients[name]["saved_mb"] / gradients["plain"]["saved_mb"],
             "error": gradients[name]["error"],
             "draw": draws.get(name, {}).get("highest_single"), "mean": draws.get(name, {}).get("mean"),
@@ -46,22 +46,8 @@ def summary(rows: list[dict[str, Any]], shape: str) -> dict[str, Any]:
         })  # fmt: skip
     return {
         "shape": shape, "plain_mb": plain_mb, "plain_s": plain_s, "arms": arms,
-        "noise": _lower_quartile_s(plain) / plain_s - 1.0,
+        "noise": max(row["step_s"] for row in plain) / plain_s - 1.0,
     }  # fmt: skip
-
-
-def _steps_s(visits: list[dict[str, Any]]) -> list[float]:
-    return sorted(seconds for row in visits for seconds in (row["first_s"], row["step_s"]))
-
-
-def _least_s(visits: list[dict[str, Any]]) -> float:
-    """The quickest of all steps of an arm."""
-    return _steps_s(visits)[0]
-
-
-def _lower_quartile_s(visits: list[dict[str, Any]]) -> float:
-    steps = _steps_s(visits)
-    return steps[len(steps) // 4]
 
 
 def claims_of(rows: list[dict[str, Any]], shape: str) -> list[Claim]:

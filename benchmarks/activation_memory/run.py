@@ -9,7 +9,6 @@ from typing import Any
 
 from benchmarks.activation_memory.claims import claims_of, summary
 from benchmarks.activation_memory.plot import draw
-from benchmarks.kept import Kept, digest
 from benchmarks.processes import measure
 from benchmarks.results import write_result
 
@@ -19,7 +18,6 @@ else:
     import tomli as tomllib
 
 FOLDER = Path(__file__).parent
-WORK = Path("runs/bench-activation-memory").resolve()
 
 
 def rows_of(config: dict[str, Any], shape: str, arms: list[str], device: str) -> list[dict[str, Any]]:
@@ -50,19 +48,12 @@ def main() -> None:
         config["threads"] = given.threads
     shapes = given.shapes or list(config["shapes"])
     rows: list[dict[str, Any]] = []
-    kept = Kept(WORK / f"rows-{given.device}-{digest(config)}.jsonl", lambda row: row["shape"])
-    whole = not (given.quick or given.arms)
     for shape in shapes:
-        if whole and kept.has({"shape": shape}):
-            rows += [row for row in kept.rows if row["shape"] == shape]
-            continue
         found = rows_of(config, shape, given.arms, given.device)
         if summary(found, shape)["noise"] > config["noise"] and not given.quick:
             print(f"{shape}: the plain side was too noisy; once more", file=sys.stderr)
             found = rows_of(config, shape, given.arms, given.device)
         rows += found
-        for row in found if whole else ():
-            kept.add(row)
     for shape in shapes:
         told = summary(rows, shape)
         print(

@@ -95,7 +95,7 @@ class Subject:
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
 
     def visit(self, arm: Arm) -> Cost:
-        """Two steps: the peak of both, the time of each."""
+        """Two steps: peak of both; the second's time, when the allocator has found its balance."""
         with self.under(arm):
             meter = Meter(self.device)
             seconds = []

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.activation_accuracy.run import difference, minilm
-from benchmarks.kept import Kept, digest
-from benchmarks.processes import measure
-from benchmarks.results import Claim, at_least, write_result
+from benchmarks.kept import Kept, digest, measure_missing
+from benchmarks.results import Claim, write_result
 from examples.docstring_tasks import split_evenly, word_order_task, write_jsonl
 
 if sys.version_info >= (3, 11):
@@ -56,7 +54,7 @@ def main() -> None:
 
 
 def _run_all(missing: list[dict[str, Any]], config: dict[str, Any], kept: Kept) -> None:
-    """Shares the runs out among processes; each row is kept as it comes."""
+    """Writes the rows of each device, and does the runs."""
     if not missing:
         return
     task = word_order_task(WORK)
@@ -66,26 +64,12 @@ def _run_all(missing: list[dict[str, Any]], config: dict[str, Any], kept: Kept) 
         "held_out": str(write_jsonl(WORK / "held-out.jsonl", task.held_out)),
         "devices": [str(write_jsonl(WORK / f"device-{n}.jsonl", part)) for n, part in enumerate(parts)],
     }
-    failures: list[BaseException] = []
-
-    def work(part: list[dict[str, Any]]) -> None:
-        what = {"runs": part, "config": config, "data": data, "base": str(minilm())}
-        try:
-            for row in measure("benchmarks.federated_depth.training", what, threads=1):
-                done = kept.add(row)
-                print(f"{done:3}  {row['arm']}, seed {row['seed']}: {row['accuracy']:.4f} "
-                      f"({row['seconds']:.0f} s)", flush=True)  # fmt: skip
-        except BaseException as error:
-            failures.append(error)
-
-    count = min(config["processes"], len(missing))
-    threads = [threading.Thread(target=work, args=(missing[i::count],)) for i in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise failures[0]
+    measure_missing(
+        missing, kept, "benchmarks.federated_depth.training",
+        lambda part: {"runs": part, "config": config, "data": data, "base": str(minilm())},
+        processes=config["processes"],
+        told=lambda row: f"{row['arm']}, seed {row['seed']}: {row['accuracy']:.4f} ({row['seconds']:.0f} s)",
+    )  # fmt: skip
 
 
 def claims_of(rows: list[dict[str, Any]], resamples: int) -> list[Claim]:
@@ -109,7 +93,7 @@ def claims_of(rows: list[dict[str, Any]], resamples: int) -> list[Claim]:
         f"{losses['chosen']:.4f} against {losses['one depth']:.4f})"
     )
     return [
-        at_least("gain", text, 100 * low, 0.0),
+        Claim("gain", text, 100 * low, "> 0", low > 0),
         Claim("limits", f"devices that held more than their limit {over or ''}".strip(), len(over), "== 0",
               not over),
     ]  # fmt: skip

@@ -75,11 +75,14 @@ class _Fleet:
         config = self._config(seed=0)
         self._setup = replace(setup_of(config, METHOD.spec(config), str(self._base)), device="cpu", threads=1)
         self._trainer = Asker(ProcessTrainer(folder / "trainer"))
-        setup = replace(self._setup, data=DataSource(path=self._data["devices"][0]))
-        self._described = self._trainer.ask(lambda id: Describe(id=id, setup=setup), Described)
-        self._fit = self._trainer.ask(
-            lambda id: Probe(id=id, setup=setup, levers=METHOD.levers), Probed
-        ).fit  # fmt: skip
+        setups = [replace(self._setup, data=DataSource(path=path)) for path in self._data["devices"]]
+        probe = Probe(id=0, setup=setups[0], levers=METHOD.levers)
+        self._fit = self._trainer.ask(lambda id: replace(probe, id=id), Probed).fit
+        # last, and of all: the one trainer holds the rows of every device
+        for setup in setups:
+            self._described = self._trainer.ask(
+                lambda id, setup=setup: Describe(id=id, setup=setup), Described
+            )
         self._model = load_model(self._base, self._labels, self._setup.lora, torch.device("cpu"))
         self._rows = task_of("classification").rows(
             DataSource(path=self._data["held_out"]), self._labels, tokenizer=load_tokenizer(self._base),

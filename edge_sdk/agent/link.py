@@ -153,9 +153,8 @@ class _Call:
         self._why = f"no connection to {where} within {_CONNECT_S:g} s"
         end = self._clock.monotonic() + _CONNECT_S
         while (left := end - self._clock.monotonic()) > 0:
-            try:
-                event = self._inbox.get(timeout=left)
-            except queue.Empty:
+            event = self._next(left)
+            if event is None:
                 break
             if isinstance(event, Connection):
                 if not event.up:
@@ -174,15 +173,19 @@ class _Call:
     def _drive(self, meter: LinkMeter) -> None:
         clock = self._clock
         while (due := meter.tick(clock.monotonic())) is not None:
-            try:
-                event = self._inbox.get(timeout=max(0.001, due - clock.monotonic()))
-            except queue.Empty:
-                continue
+            event = self._next(max(0.001, due - clock.monotonic()))
             if isinstance(event, Connection):
                 if not event.up:
                     meter.lost()
-            elif event.topic == self._topics.reply(self._device):
+            elif event is not None and event.topic == self._topics.reply(self._device):
                 _hand_over(event.payload, meter, clock.monotonic())
+
+    def _next(self, seconds: float) -> Inbound | Connection | None:
+        """What comes within so many seconds."""
+        try:
+            return self._inbox.get(timeout=seconds)
+        except queue.Empty:
+            return None
 
     def _send(self, topic: str, payload: bytes) -> bool:
         self._bucket.spend(len(payload))

@@ -31,6 +31,9 @@ __all__ = ["corrected", "estimate", "fit_cost", "non_negative_least_squares", "s
 
 _MEMORY_PRIOR = 0.2
 """A scale that is off its counted value by all of it weighs as much as a probe that is off by a fifth."""
+_ROOMS_PRIOR = 0.1
+"""The same of the two rooms' difference: a packed layer's room holds more tensors than a plain one's, so the
+one tells of the other, but not all."""
 _TIME_PRIOR = 0.2
 _FIXED_PRIOR = 0.1
 _SPREAD_MB = 5.0
@@ -171,8 +174,7 @@ def _memory(points: Sequence[ProbePoint], shape: ModelShape, lora: LoraShape, re
     scales = Scales(1.0, 1.0, 1.0, 1.0, fixed)
     found = [(p, phases(shape, lora, setting_of(p, reference))) for p in points if p.peak_mb > 0]
     prior = [tuple(_MEMORY_PRIOR * (place == column) for column in range(5)) for place in range(4)]
-    # the two rooms differ less than either from what is counted
-    prior.append((0.0, 0.0, _MEMORY_PRIOR, -_MEMORY_PRIOR, 0.0))
+    prior.append((0.0, 0.0, _ROOMS_PRIOR, -_ROOMS_PRIOR, 0.0))
     prior.append((0.0, 0.0, 0.0, 0.0, _FIXED_PRIOR / _SPREAD_MB))
     wanted = [_MEMORY_PRIOR] * 4 + [0.0, _FIXED_PRIOR * (fixed + _BELOW_MB) / _SPREAD_MB]
     for _ in range(_ROUNDS):

@@ -28,7 +28,20 @@ from edge_sdk.protocol.base_plan import QUANTIZED_WORDS
 from edge_sdk.protocol.model import LoraShape, ModelShape
 from edge_sdk.protocol.spec import Setting
 
-__all__ = ["BITS", "GROUP", "RECOMPUTE", "Counted", "Targets", "counted", "kept_values", "packed_bytes"]
+__all__ = [
+    "AGAIN_BYTES",
+    "BITS",
+    "CHUNK_VALUES",
+    "GROUP",
+    "KERNEL_BYTES",
+    "RECOMPUTE",
+    "SCORES",
+    "Counted",
+    "Targets",
+    "counted",
+    "kept_values",
+    "packed_bytes",
+]
 
 BITS = (8, 4, 2)
 RECOMPUTE = ("none", "outputs", "inner", "layer")
@@ -37,7 +50,8 @@ GROUP = 32
 """Packed values that share a scale and an offset: of 4 bytes each at 8 bits, of 2 below."""
 
 CHUNK_VALUES = 3 << 19
-"""Inner values that the feed-forward block has at a time where it runs in chunks."""
+"""Inner values, of gate and up together, that the feed-forward block has at a time where it runs in chunks:
+6 MB in fp32. Products of half as many rows are slower on some processors."""
 
 LOSS_BYTES = 32 << 20
 """Logits of a causal LM that exist at a time, at most."""
@@ -45,14 +59,16 @@ LOSS_BYTES = 32 << 20
 DECODED_BYTES = 16 << 20
 """Of a weight of a packed base that is made whole at a time, at most."""
 
-_AGAIN_BYTES = 1 << 24
-"""Queries, keys and values of a layer that the attention inside the store unpacks at once, at most."""
+AGAIN_BYTES = 1 << 24
+"""Queries, keys and values of a layer up to which the attention inside the store unpacks them all, from the
+output's making to its gradient."""
 
-_ROW_BYTES = 1 << 20
-"""Queries of a row of the batch from which on it goes back in blocks, not by the fused kernel."""
+KERNEL_BYTES = 1 << 20
+"""Queries that the fused kernel is run again for at a time otherwise, on a processor; it needs five times as
+much. Where one row of the batch has more, its scores are made in blocks."""
 
-_SCORES = 1 << 18
-"""Scores that it has at a time then, three float32 each."""
+SCORES = 1 << 18
+"""Scores in such a block, three float32 each."""
 
 _PIECES_BYTES = 8e6
 """What was let go of a moment ago and is not yet given back, at most: where tensors are packed as soon as
@@ -220,16 +236,16 @@ def _rooms(shape: ModelShape, setting: Setting, rows: int, size: int) -> tuple[f
             return 2 * inner + 2 * unit + pieces / 2, 5 * inner + 2 * unit + pieces
         more = (_COMPOSED.get(shape.activation, 1) - 1) * inner
         return inner + 2 * unit + more / 2 + pieces / 2, 3 * inner + 2 * unit + more + pieces
-    chunk = 4.0 * min(rows * i, CHUNK_VALUES)
+    chunk = 4.0 * min(rows * i, CHUNK_VALUES // (2 if shape.gated else 1))
     plain, packed = (3, 5) if shape.gated else (1, 2)
     held = 1.0 * rows * size * (shape.query_width + 2 * shape.key_width)
     gradients = 2 * unit + held
-    if held <= _AGAIN_BYTES:  # all is unpacked, and there is the output too
+    if held <= AGAIN_BYTES:  # all is unpacked, and there is the output too
         unpacked = held
-    elif 4 * setting.max_length * shape.query_width <= _ROW_BYTES:
-        unpacked = 5.0 * _ROW_BYTES
+    elif 4 * setting.max_length * shape.query_width <= KERNEL_BYTES:
+        unpacked = 5.0 * KERNEL_BYTES
     else:
-        unpacked = 12.0 * min(_SCORES, shape.heads * setting.max_length**2)
+        unpacked = 12.0 * min(SCORES, shape.heads * setting.max_length**2)
     in_plain = max(2 * unit + plain * chunk, gradients)
     in_packed = max(2 * unit + packed * chunk, gradients + unpacked)
     return in_plain + pieces / 2, in_packed + unit + pieces

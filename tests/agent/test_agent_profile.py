@@ -11,12 +11,12 @@ from test_agent_cli import edge_agent, free_port
 
 from aggregator.broker.embedded import EmbeddedBroker
 from aggregator.echo import Echo
-from edge_sdk.agent.link import Found, find_link, keep_link, kept_link
+from edge_sdk.agent.link import Found, _Call, find_link, keep_link, kept_link
 from edge_sdk.agent.lock import FolderLock
 from edge_sdk.agent.profiling import measure_machine, readings
 from edge_sdk.agent.record import AgentRecord
 from edge_sdk.cli.profiling import _table
-from edge_sdk.clock import SystemClock
+from edge_sdk.clock import ManualClock, SystemClock
 from edge_sdk.config.agent import AgentConfig, AgentSection, BaseSection, DataSection, LimitsSection
 from edge_sdk.config.broker import BrokerConfig
 from edge_sdk.protocol.frames import decode_chunk, is_chunk
@@ -213,9 +213,19 @@ def test_what_cannot_be_measured_is_taken_from_the_data_sheet_of_the_owners_clas
     assert played.throughput == (), "this machine only plays that class"
 
 
-def test_the_owners_limit_is_kept_to(tmp_path: Path) -> None:
+def test_the_owners_limit_is_kept_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In made-up time, in which nothing takes any but waiting."""
+    clock = ManualClock(1000.0)
+
+    def next_event(call: _Call, seconds: float) -> Inbound | Connection | None:
+        if call._inbox.empty():
+            clock.advance(seconds)
+            return None
+        return call._inbox.get()
+
+    monkeypatch.setattr(_Call, "_next", next_event)
     broker = MemoryBroker()
-    serve(MemoryTransport(broker, "aggregator"), link_bytes=12_000)
+    serve(MemoryTransport(broker, "aggregator"), link_bytes=100_000)
     limited = AgentConfig(
         agent=AgentSection(id="dev-a", state_dir=str(tmp_path / "state")),
         broker=BrokerConfig(url="mqtt://127.0.0.1:1", namespace=NAMESPACE),
@@ -223,9 +233,8 @@ def test_the_owners_limit_is_kept_to(tmp_path: Path) -> None:
         data=DataSection(path="rows.jsonl"),
         limits=LimitsSection(uplink_kbps=200.0),
     )
-    found = find_link(limited, transport=MemoryTransport(broker, "dev-a"))
-    # unlimited it is hundreds of Mb/s; how near to the limit depends on how busy this machine is
-    assert found.link.up_bps is not None and found.link.up_bps < 4e6
+    found = find_link(limited, transport=MemoryTransport(broker, "dev-a"), clock=clock)
+    assert found.link.up_bps == pytest.approx(200_000, rel=0.1)
 
 
 def test_the_command_as_json(tmp_path: Path) -> None:

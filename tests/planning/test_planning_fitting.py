@@ -70,9 +70,7 @@ OTHERS = [
 def test_five_probes_tell_every_other_setting() -> None:
     model = fitted(PROBES)
     errors = [off(model, wanted) for wanted in OTHERS]
-    memory = sorted(abs(memory) for memory, _ in errors)
-    assert memory[int(0.95 * len(memory))] < 0.08
-    assert memory[-1] < 0.11
+    assert max(abs(memory) for memory, _ in errors) < 0.08
     assert max(abs(time) for _, time in errors) < 0.03
     assert (model.rest_mb, model.threads, model.machine, len(model.probes)) == (300.0, 2, "m", 5)
 

@@ -234,17 +234,20 @@ def test_a_graph_may_be_retained() -> None:
         (lambda h: torch.relu(h) ** 2, "relu-squared"),
         (torch.tanh, "tanh"),
         (nn.Mish(), "autograd"),
+        (lambda h: torch.clip(nn.functional.gelu(h), -10, 10), "autograd"),  # GELU up to 10 alone
     ],
 )
 def test_functions_are_known_by_their_numbers(function: Any, name: str) -> None:
     made = nonlinear(function)
     assert made is not None
     assert made.name == name
-    h = torch.randn(5, 9, requires_grad=True)
+    h = torch.cat((torch.randn(5, 8), torch.full((5, 1), 12.0)), dim=1).requires_grad_()
     direction = torch.randn(5, 9)
     (slope,) = torch.autograd.grad(function(h), h, direction)
     torch.testing.assert_close(made.gradient(direction, h.detach()), slope, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(made.value(h.detach()), function(h.detach()), rtol=1e-4, atol=1e-5)
+    if made.over is not None:
+        assert torch.equal(made.over(h.detach().clone()), function(h.detach()))
 
 
 def test_a_softmax_is_not_elementwise() -> None:

@@ -256,9 +256,8 @@ def test_loading_takes_what_stays_and_one_tensor(bases: dict[Any, Path], tmp_pat
     for word, stays, rest, peak in lines:
         assert stays == pytest.approx(size if word == "fp32" else size / 4, rel=0.2)
         assert rest < 1.15 * stays + 8e6, (word, rest)
-        # the tensor as it is read, what is made of it, the encoder's temporaries; and two chunks of inner
-        # values, 6 MB each, of a feed-forward that is tried out
-        assert peak < rest + 2.2 * largest + 8e6, (word, rest, peak)
+        # the tensor as it is read, what is made of it, and the encoder's temporaries
+        assert peak < rest + 2.2 * largest, (word, rest, peak)
 
 
 def write(folder: Path, like: Path, found: dict[str, Any]) -> None:

@@ -28,22 +28,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from edge_sdk.errors import BaseModelError
+from edge_sdk.planning.memory import AGAIN_BYTES, KERNEL_BYTES, SCORES
 from edge_sdk.training.activations.store import Held
 
 __all__ = ["NAME", "attention", "register"]
 
 NAME = "edge"
 """What to load a model with: ``attn_implementation=NAME``, after ``register()``."""
-
-_SCRATCH = 1 << 18
-"""Scores made at a time, three float32 each."""
-
-
-_KERNEL_BYTES = 1 << 20
-"""Queries that the fused kernel is run again for at a time, on a processor. It needs five times as much."""
-
-_AGAIN_BYTES = 1 << 24
-"""Unpacked queries, keys and values that may be there from the output's making to its gradient."""
 
 
 def register() -> None:
@@ -188,7 +179,7 @@ class _Attention(torch.autograd.Function):
 def _gradients(held: tuple[Held, Held, Held], grad: Any, call: _Call) -> tuple[Any, ...]:
     """Of queries, keys and values, a few rows of the batch at a time."""
     batch = held[0].shape[0]
-    by_blocks = grad.device.type == "cpu" and _row_bytes(held) > _KERNEL_BYTES
+    by_blocks = grad.device.type == "cpu" and _row_bytes(held) > KERNEL_BYTES
     if by_blocks and batch == 1:
         # what is unpacked is not needed once its gradient is there: one room for both
         grads = tuple(h.own().to(grad.dtype) for h in held)
@@ -213,7 +204,7 @@ def _gradients(held: tuple[Held, Held, Held], grad: Any, call: _Call) -> tuple[A
 def _slab(held: Any, device: Any) -> int:
     """Rows of the batch unpacked at a time: few, for memory; not so few that a GPU waits for its launches."""
     if device.type == "cpu":
-        return max(1, _KERNEL_BYTES // _row_bytes(held))
+        return max(1, KERNEL_BYTES // _row_bytes(held))
     return -(-int(held[0].shape[0]) // 4)
 
 
@@ -238,7 +229,7 @@ class _Again:
     def output(self) -> Any:
         held, call = self._held, self._call
         batch, dtype = held[0].shape[0], held[2].dtype
-        small = sum(math.prod(h.shape) for h in held) * dtype.itemsize <= _AGAIN_BYTES
+        small = sum(math.prod(h.shape) for h in held) * dtype.itemsize <= AGAIN_BYTES
         step = batch if small else _slab(held, held[0].device)
         made = []
         for start in range(0, batch, step):
@@ -274,8 +265,8 @@ def _by_blocks(q: Any, k: Any, v: Any, grad: Any, mask: Any, call: _Call, dq: An
     heads, queries, size = q.shape
     kv_heads, keys, _ = k.shape
     group = heads // kv_heads
-    at_once = max(1, min(kv_heads, _SCRATCH // (group * queries * keys)))
-    rows = max(1, min(queries, _SCRATCH // (at_once * group * keys)))
+    at_once = max(1, min(kv_heads, SCORES // (group * queries * keys)))
+    rows = max(1, min(queries, SCORES // (at_once * group * keys)))
     if call.causal and rows == queries > 256:
         rows //= 2
     for first in range(0, kv_heads, at_once):

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from edge_sdk.planning.memory import CHUNK_VALUES
 from edge_sdk.training.activations.nonlinear import Nonlinear
 from edge_sdk.training.model.linear import LoraLinear, lora_backward, lora_forward
 from edge_sdk.training.precision.weights import BLOCK_BYTES, FrozenWeight
@@ -29,9 +30,6 @@ from edge_sdk.training.precision.weights import BLOCK_BYTES, FrozenWeight
 __all__ = ["FeedForward", "Parts", "keeps_graph"]
 
 Pairs = list[tuple[Any, Any]]
-
-_CHUNK_ELEMENTS = 3 << 19
-"""Inner values in a chunk: 6 MB in fp32. Products of half as many rows are slower on some processors."""
 
 _LEAST_ROWS = 64
 """Shorter products lose speed."""
@@ -71,8 +69,8 @@ class FeedForward(nn.Module):
         self.plain = plain
         self._parts = (parts,)  # in a tuple: these modules are registered in ``plain`` already
         self._dropouts = tuple(m for m in plain.modules() if isinstance(m, nn.Dropout))
-        width = max(linear.out_features for linear in parts.ups)
-        self.chunk_rows = max(1, _CHUNK_ELEMENTS // width // _LEAST_ROWS) * _LEAST_ROWS
+        width = sum(linear.out_features for linear in parts.ups)
+        self.chunk_rows = max(1, CHUNK_VALUES // width // _LEAST_ROWS) * _LEAST_ROWS
 
     @property
     def parts(self) -> Parts:

@@ -20,6 +20,9 @@ __all__ = ["Nonlinear", "nonlinear"]
 _aten = torch.ops.aten
 _QUICK = 1.702
 
+_FAR = (10.5, 12.0, 17.0, 25.0, 40.0, 70.0, 110.0, 1000.0)
+"""Arguments, of either sign, that tell a function which is cut off (GELU at 10, say) from one that is not."""
+
 
 @dataclass(frozen=True)
 class Nonlinear:
@@ -98,10 +101,17 @@ def nonlinear(function: Callable[[Any], Any]) -> Nonlinear | None:
         return None
     if values.shape != grid.shape or not torch.equal(turned.flip(0), values):
         return None
+    far = torch.tensor(_FAR)
+    far = torch.cat((far, -far))
+    with torch.no_grad():
+        far_values = function(far)
     for name, (value, gradient) in _KNOWN.items():
-        if _close(value(grid), values.detach()) and _close(gradient(torch.ones_like(grid), grid), slopes):
-            over = _OVER[name] if torch.equal(_OVER[name](grid.clone()), values) else None
-            return Nonlinear(name, function, over, value, gradient)
+        if not (_close(value(grid), values.detach()) and _close(value(far), far_values)):
+            continue
+        if _close(gradient(torch.ones_like(grid), grid), slopes):
+            over = _OVER[name]
+            same = torch.equal(over(grid.clone()), values) and torch.equal(over(far.clone()), far_values)
+            return Nonlinear(name, function, over if same else None, value, gradient)
     return Nonlinear("autograd", function, None, function, partial(_by_autograd, function))
 
 
