@@ -163,13 +163,35 @@ def _parquet(path: Path, file: BinaryIO, choose: Choose) -> Iterator[tuple[int, 
         table = pyarrow.parquet.ParquetFile(file)
         columns = table.schema_arrow.names
         wanted = [name for name in dict.fromkeys(choose(1, columns)) if name in columns]
+        twice = [name for name in wanted if columns.count(name) > 1]
+        if twice:
+            raise bad_row(
+                path, 1, f"names the column {shown(twice[0])} more than once", "rename all but one of them"
+            )
         for batch in table.iter_batches(batch_size=_BATCH_ROWS, columns=wanted, use_threads=False):
-            for fields in batch.to_pylist():
+            for fields in _values(path, batch, number):
                 number += 1
                 yield number, fields
     except (pyarrow.ArrowException, OSError) as error:
         where = f" after row {number}" if number else ""
         raise DataError(f"{path}: is not Parquet{where}: {str(error).splitlines()[0][:200]}") from None
+
+
+def _values(path: Path, batch: Any, before: int) -> list[Fields]:
+    """A batch's rows; of one that holds what Python cannot (text that is not UTF-8, a time too far off),
+    the number is told."""
+    try:
+        return list(batch.to_pylist())
+    except (ValueError, OverflowError):
+        for place in range(batch.num_rows):
+            try:
+                batch.slice(place, 1).to_pylist()
+            except (ValueError, OverflowError) as error:
+                said = " ".join(str(error).split())[:200]
+                raise bad_row(
+                    path, before + place + 1, f"cannot be read: {said}", "write its values as UTF-8 text"
+                ) from None
+        raise
 
 
 def _no_pyarrow(path: Path) -> MissingExtraError:

@@ -239,4 +239,5 @@ def _messages(path: Path, number: int, fields: Fields, name: str) -> tuple[Messa
 
 def _kind(value: Any) -> str:
     kinds = {type(None): "null", bool: "a truth value", dict: "an object", list: "a list", str: "text"}
-    return kinds.get(type(value), "a number")
+    number = "a number" if isinstance(value, (int, float)) else f"of type {type(value).__name__}"
+    return kinds.get(type(value), number)

@@ -114,3 +114,33 @@ def test_without_pyarrow_the_extra_is_named(tmp_path, monkeypatch):
     ):
         with pytest.raises(MissingExtraError, match=r"edge-sdk\[parquet\]"):
             read()
+
+
+def test_a_value_that_python_cannot_hold_is_told_with_its_row(write):
+    import pyarrow
+
+    offsets = b"".join(place.to_bytes(4, "little") for place in (0, 4, 7))
+    buffers = [None, *map(pyarrow.py_buffer, (offsets, b"fine\xff\xfea"))]
+    not_utf8 = pyarrow.Array.from_buffers(pyarrow.string(), 2, buffers)
+    for odd in (not_utf8, pyarrow.array([0, 10**15], pyarrow.timestamp("s"))):
+        source = write(None, text=["one", "two"], label=odd)
+        with pytest.raises(DataError, match=r"row 2: cannot be read: ") as told:
+            list(read_rows(source))
+        assert "\n" not in told.value.message and told.value.hint
+
+
+def test_two_columns_of_one_name_are_refused(write, tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    columns = [pyarrow.array([value]) for value in ("x", "y", "a")]
+    table = pyarrow.Table.from_arrays(columns, names=["text", "text", "label"])
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match='names the column "text" more than once') as told:
+        list(read_rows(DataSource(path=str(tmp_path / "rows.parquet"))))
+    assert told.value.hint
+
+
+def test_bytes_are_not_called_a_number(write):
+    with pytest.raises(DataError, match="of type bytes"):
+        list(read_rows(write(None, text=[b"abc"], label=["a"])))
