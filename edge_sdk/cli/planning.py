@@ -135,7 +135,9 @@ def _config(path: Path) -> dict[str, Any]:
             f"{file} cannot be read: {error.strerror}", "--model names a model's config.json, or its folder"
         ) from None
     except msgspec.DecodeError as error:
-        raise BaseModelError(f"{file} is not JSON: {error}") from None
+        raise BaseModelError(
+            f"{file} is not JSON: {error}", "name a model's config.json, or the folder that it lies in"
+        ) from None
     if not isinstance(found, dict):
         raise BaseModelError(f"{file} holds no object", "--model names a model's config.json")
     return found

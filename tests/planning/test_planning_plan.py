@@ -140,3 +140,7 @@ def test_without_figures_there_are_reasons(tmp_path: Path, capsys: pytest.Captur
     assert "nothing fits: the least takes" in capsys.readouterr().out
     with pytest.raises(BaseModelError, match="cannot be read"):
         show_plan(Asked(**{**vars(ASKED), "model": tmp_path / "no.json", "memory_mb": 1.0}), as_json=False)
+    (tmp_path / "cut.json").write_text('{"model_type": "bert"')
+    with pytest.raises(BaseModelError, match="is not JSON") as told_why:
+        show_plan(Asked(**{**vars(ASKED), "model": tmp_path / "cut.json", "memory_mb": 1.0}), as_json=False)
+    assert "config.json" in told_why.value.hint
