@@ -9,6 +9,9 @@ Three things are kept apart, as they are corrected in different ways:
 - what failed. A device that stepped down is offered no more than what it then could do; one that ran late is
   slower from then on; one that declined for memory is left alone for twice as many rounds each time, until it
   reports more of it.
+
+A device corrects its fit by its own rounds, too, and reports it so. What was learned over its earlier
+predictions is then told over the new ones: nothing counts twice, whichever of the two is heard first.
 """
 
 from __future__ import annotations
@@ -19,9 +22,10 @@ import msgspec
 
 from aggregator.state.base import ParticipationRow
 from edge_sdk.planning.choice import MEMORY_SAFETY, STEP_DOWN_MARGIN
-from edge_sdk.planning.cost import step_s
+from edge_sdk.planning.cost import peak_mb, step_s
 from edge_sdk.protocol.base import NotNegative, Record
-from edge_sdk.protocol.measure import Fit
+from edge_sdk.protocol.measure import Correction, Fit
+from edge_sdk.protocol.spec import Candidate, Levers
 from edge_sdk.protocol.wire import Announce, Choice, Decline, Offer, Run, Status
 
 __all__ = ["MEMORY", "Lessons"]
@@ -57,6 +61,8 @@ class Lessons(Record, frozen=True, kw_only=True):
     """Declines for memory in a row; ``declined_round`` the last one's round, ``declined_mb`` its budget."""
     declined_round: NotNegative = 0
     declined_mb: float = 0.0
+    corrections: tuple[Correction, ...] = ()
+    """The device's own, as it reported them last: what the ratios and the share above do not hold."""
     why: str = ""
     """The last correction, in words."""
 
@@ -85,12 +91,30 @@ class Lessons(Record, frozen=True, kw_only=True):
         if fit is None:
             return self
         before = self if self.of == _of(fit) else Lessons(of=_of(fit))
+        before = before._over(fit.corrections)
         return msgspec.structs.replace(
             before,
             forward_s=_average(before.forward_s, fit.forward_s),
             layer_s=_average(before.layer_s, fit.layer_s),
             quantize_s=_average(before.quantize_s, fit.quantize_s),
             budget_mb=_average(before.budget_mb, status.memory.budget_mb),
+        )
+
+    def _over(self, corrections: tuple[Correction, ...]) -> Lessons:
+        """The same, over what the device predicts from now on."""
+        if corrections == self.corrections:
+            return self
+        known = {(one.quantized, one.levers): one for one in self.corrections}
+        none = Correction(levers=Levers(), quantized=False)
+        pairs = [(one, known.get((one.quantized, one.levers), none)) for one in corrections]
+        peak = max((now.peak / then.peak for now, then in pairs), default=1.0)
+        step = max((now.step / then.step for now, then in pairs), default=1.0)
+        return msgspec.structs.replace(
+            self,
+            corrections=corrections,
+            memory_ratio=_ratio(self.memory_ratio / max(1.0, peak)),
+            time_ratio=_ratio(self.time_ratio / max(1.0, step)),
+            memory_share=min(1.0, self.memory_share * max(1.0, peak)),
         )
 
     def planned(self, status: Status) -> Status:
@@ -122,14 +146,15 @@ class Lessons(Record, frozen=True, kw_only=True):
         if row.decline is not None:
             decline = msgspec.json.decode(row.decline, type=Decline)
             if decline.reason == "memory":
-                learned = learned._declined(row.round, budget_mb, choice)
+                failed = None if choice is None else _predicted_mb(choice.candidate, run, status)
+                learned = learned._declined(row.round, budget_mb, choice, failed)
             return learned
         if taken is None or choice is None:
             return learned
         learned = msgspec.structs.replace(learned, declined=0)
         if choice.attempt:
             why = f"round {row.round}: it ran out of memory and stepped down to {taken.id}"
-            learned = learned._no_more_than(choice.candidate.peak_mb, budget_mb, why)
+            learned = learned._no_more_than(_predicted_mb(choice.candidate, run, status), budget_mb, why)
         if row.state == "received" and row.announce is not None:
             announce = msgspec.json.decode(row.announce, type=Announce)
             return learned._measured(announce, run, status, offer.target_s, row.upload_s)
@@ -143,12 +168,14 @@ class Lessons(Record, frozen=True, kw_only=True):
             )
         return learned
 
-    def _declined(self, round: int, budget_mb: float, failed: Choice | None) -> Lessons:
+    def _declined(
+        self, round: int, budget_mb: float, choice: Choice | None, failed_mb: float | None
+    ) -> Lessons:
         learned = self
-        if failed is not None:
-            one = failed.candidate
-            why = f"round {round}: it ran out of memory with {one.id}, the smallest that it could take"
-            learned = self._no_more_than((1.0 - STEP_DOWN_MARGIN) * one.peak_mb, budget_mb, why)
+        if choice is not None and failed_mb is not None:
+            name = choice.candidate.id
+            why = f"round {round}: it ran out of memory with {name}, the smallest that it could take"
+            learned = self._no_more_than((1.0 - STEP_DOWN_MARGIN) * failed_mb, budget_mb, why)
         return msgspec.structs.replace(
             learned, declined=self.declined + 1, declined_round=round, declined_mb=budget_mb
         )
@@ -168,7 +195,7 @@ class Lessons(Record, frozen=True, kw_only=True):
         measured, one = announce.measured, announce.candidate
         batch_s = step_s(status.fit, run.shape, run.lora, one.setting(run.spec))
         time = _over(measured.train_s, one.steps * one.accumulation * batch_s)
-        memory = _over(measured.peak_mb, one.peak_mb)
+        memory = _over(measured.peak_mb, _predicted_mb(one, run, status))
         late = target_s is not None and measured.train_s + (upload_s or 0.0) > target_s
         why = self.why
         if late and time > self.time_ratio:
@@ -180,6 +207,13 @@ class Lessons(Record, frozen=True, kw_only=True):
             memory_ratio=_ratio(max(memory, _average(self.memory_ratio, memory))),
             why=why,
         )
+
+
+def _predicted_mb(one: Candidate, run: Run, status: Status) -> float:
+    """As the device chose by; more where it corrected itself since, and has said so already."""
+    if status.fit is None:
+        return one.peak_mb
+    return max(one.peak_mb, peak_mb(status.fit, run.shape, run.lora, one.setting(run.spec)))
 
 
 def _of(fit: Fit) -> str:

@@ -9,12 +9,22 @@ from msgspec.structs import replace
 from edge_sdk.agent.context import Context
 from edge_sdk.agent.record import Shortfall
 from edge_sdk.errors import MissingExtraError
+from edge_sdk.planning.choice import PrefixRoom
 from edge_sdk.planning.cost import peak_mb
 from edge_sdk.protocol.measure import Fit, Link, Memory
+from edge_sdk.protocol.spec import TrainSpec
 from edge_sdk.protocol.trainer import Described
 from edge_sdk.protocol.wire import Run
 
-__all__ = ["allowed_memory", "energy_now", "keep_rate", "link_now", "memory_now", "traffic_now"]
+__all__ = [
+    "allowed_memory",
+    "energy_now",
+    "keep_rate",
+    "link_now",
+    "memory_now",
+    "prefix_room",
+    "traffic_now",
+]
 
 _FORGET_S = 86_400.0
 """After so long what ran out of free memory is tried again: another program may have held it."""
@@ -81,6 +91,17 @@ def _held_mb(context: Context, known: Fit | Described, *, on_gpu: bool) -> float
     pid = getattr(trainer, "pid", None)
     held = None if pid is None or on_gpu else context.machine.process_rss_mb(pid)
     return known.rest_mb if held is None else held
+
+
+def prefix_room(context: Context, described: Described, spec: TrainSpec) -> PrefixRoom | None:
+    """Room that the owner gives for kept hidden states; None: they are not kept."""
+    limits = context.config.limits
+    if not limits.prefix_cache_mb or spec.dropout:
+        return None
+    return PrefixRoom(
+        mb=limits.prefix_cache_mb, rows=described.samples, form=spec.prefix,
+        in_memory=limits.prefix_cache == "memory" and described.device == "cpu",
+    )  # fmt: skip
 
 
 def link_now(context: Context) -> Link:

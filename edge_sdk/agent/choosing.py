@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from edge_sdk.agent.budgets import energy_now, link_now, traffic_now
+from edge_sdk.agent.budgets import energy_now, link_now, prefix_room, traffic_now
 from edge_sdk.agent.context import Context
 from edge_sdk.agent.joining import Joining, setup_for
 from edge_sdk.agent.record import RoundRow
-from edge_sdk.planning.choice import Budgets, Infeasible, PrefixRoom, choose, step_down
+from edge_sdk.planning.choice import Budgets, Infeasible, choose, step_down
 from edge_sdk.planning.cost import peak_mb
 from edge_sdk.protocol.measure import Fit
 from edge_sdk.protocol.spec import TrainSpec
@@ -87,16 +87,10 @@ def _budgets(context: Context, joining: Joining, row: RoundRow, now: float) -> B
     """Measured now; the time is the plan's, or what the deadline leaves."""
     (_, described, _), memory, link = _known(joining), joining.memory(), link_now(context)
     left_s = row.received + row.offer.deadline_s - now
-    limits, spec = context.config.limits, row.offer.spec
-    prefix = None
-    if limits.prefix_cache_mb and not spec.dropout:
-        prefix = PrefixRoom(
-            mb=limits.prefix_cache_mb, rows=described.samples, form=spec.prefix,
-            in_memory=limits.prefix_cache == "memory" and described.device == "cpu",
-        )  # fmt: skip
     return Budgets(
         memory_mb=memory.budget_mb, deadline_s=min(row.offer.time_budget_s, left_s), latest_s=left_s,
-        up_bps=link.up_bps, down_bps=link.down_bps, prefix=prefix,
+        up_bps=link.up_bps, down_bps=link.down_bps,
+        prefix=prefix_room(context, described, row.offer.spec),
         traffic_bytes=traffic_now(context), energy_s=energy_now(context),
     )  # fmt: skip
 

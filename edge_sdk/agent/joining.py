@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from edge_sdk.agent.budgets import allowed_memory, memory_now
 from edge_sdk.agent.context import Context
-from edge_sdk.agent.record import Knowledge, Shortfall
+from edge_sdk.agent.learning import Experience
 from edge_sdk.device.allocators import find_allocator
 from edge_sdk.errors import (
     BaseModelError,
@@ -26,9 +26,8 @@ from edge_sdk.errors import (
     TrainerError,
 )
 from edge_sdk.faults import reached
-from edge_sdk.planning.cost import peak_mb
 from edge_sdk.protocol.base import PROTOCOL
-from edge_sdk.protocol.measure import Fit, Memory
+from edge_sdk.protocol.measure import Fit, Measured, Memory
 from edge_sdk.protocol.model import TASKS, Fingerprint
 from edge_sdk.protocol.spec import Candidate, TrainSpec
 from edge_sdk.protocol.trainer import (
@@ -55,7 +54,6 @@ _MOST_WAIT_S = 3600.0
 """Where memory is too little to join with, it is tried again after so long, doubled up to this."""
 _PROBE_SHARES = (1.0, 0.25, 0.06, 0.015)
 """Of the memory that seems free, what a probe may use: less each time that it was killed for its memory."""
-_SHORTFALLS = 16
 _ERRORS: dict[str, type[EdgeError]] = {
     "data": DataError,
     "base": BaseModelError,
@@ -85,8 +83,7 @@ class Joining:
         self._stored = True
         self.fingerprint: Fingerprint | None = None
         self.described: Described | None = None
-        self.fit: Fit | None = None
-        self.shortfalls: tuple[Shortfall, ...] = ()
+        self._experience = Experience(context)
         self._key = ""
 
     def _begin(self) -> None:
@@ -95,6 +92,11 @@ class Joining:
         self._retry_at, self._wait_s = 0.0, _WAIT_S
         self.trouble = ""
         """Why this device cannot join for now; empty: nothing is known against it."""
+
+    @property
+    def fit(self) -> Fit | None:
+        """As probed, corrected by what rounds taught."""
+        return self._experience.fit
 
     @property
     def tells(self) -> bool:
@@ -123,8 +125,8 @@ class Joining:
         if self._context.desk.task in ("describe", "probe"):
             self._context.desk.abandon()
         self._stored = False
-        self.run, self.fingerprint, self.described, self.fit = run, None, None, None
-        self.shortfalls = ()
+        self.run, self.fingerprint, self.described = run, None, None
+        self._experience.begin(None)
         self._begin()
 
     def advance(self, may_start: bool) -> float | None:
@@ -170,22 +172,19 @@ class Joining:
             raise RuntimeError("memory was asked for before the trainer told what it holds")
         if fit is None:
             return memory_now(self._context, described, described.device)
-        return allowed_memory(self._context, fit, described.device, run, self.shortfalls)
+        return allowed_memory(self._context, fit, described.device, run, self._experience.shortfalls)
 
     def fell_short(self, candidate: Candidate, spec: TrainSpec) -> None:
         """Keeps that a candidate ran out of memory, before another one is chosen."""
-        run, described, fit = self.run, self.described, self.fit
-        if run is None or described is None or fit is None:
-            return
-        memory, setting = memory_now(self._context, fit, described.device), candidate.setting(spec)
-        lasting = memory.limit_mb is not None and memory.limit_mb - memory.rest_mb <= memory.budget_mb
-        one = Shortfall(
-            setting=setting, kept_mb=max(0.0, candidate.peak_mb - peak_mb(fit, run.shape, run.lora, setting)),
-            budget_mb=memory.budget_mb, lasting=lasting, at=self._context.clock.wall(),
-        )  # fmt: skip
-        others = [other for other in self.shortfalls if other.setting != setting]
-        self.shortfalls = (*others[1 - _SHORTFALLS :], one)
-        self._learn()
+        if self.run is not None and self.described is not None:
+            self._experience.fell_short(self.run, self.described, candidate, spec)
+            self._learn()
+
+    def trained(self, candidate: Candidate, spec: TrainSpec, measured: Measured) -> None:
+        """Compares a round with what was predicted of it, and predicts better from then on."""
+        if self.run is not None and self.described is not None:
+            self._experience.trained(self.run, self.described, candidate, spec, measured)
+            self._learn()
 
     def _find_base(self) -> Path | None:
         if self._found is not None:
@@ -241,8 +240,8 @@ class Joining:
         self._key = _knowledge_key(self._context, run, self.fingerprint)
         known = self._context.record.knowledge(self._key)
         if known is not None:
-            self.described, self.fit = known.described, known.fit
-            self.shortfalls = known.shortfalls
+            self.described = known.described
+            self._experience.begin(known.fit, known.shortfalls, known.lessons)
 
     def _ask_describe(self, run: Run) -> None:
         self._context.desk.ask("describe", lambda id: Describe(id=id, setup=self._setup(run)), self._on_reply)
@@ -267,7 +266,7 @@ class Joining:
                 )  # fmt: skip
                 self._learn()
             case Probed():
-                self.fit = reply.fit
+                self._experience.begin(reply.fit)
                 self._begin()
                 context.emit("trainer.probed", rest_mb=reply.fit.rest_mb, layer_mb=reply.fit.layer_mb,
                              saved_mb=reply.fit.saved_mb, probes=len(reply.fit.probes))  # fmt: skip
@@ -305,10 +304,7 @@ class Joining:
         """Keeps what the trainer found, once it is known what it is true of."""
         if self.fingerprint is not None and self.described is not None:
             with self._context.record.transaction():
-                self._context.record.save_knowledge(
-                    self._key,
-                    Knowledge(described=self.described, fit=self.fit, shortfalls=self.shortfalls),
-                )
+                self._context.record.save_knowledge(self._key, self._experience.knowledge(self.described))
             reached("trainer.known")
 
 

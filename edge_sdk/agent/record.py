@@ -18,12 +18,12 @@ from edge_sdk.agent.states import RoundState
 from edge_sdk.errors import StateError
 from edge_sdk.protocol.base import Digest, Name, NotNegative, Positive, Record
 from edge_sdk.protocol.measure import Fit, Measured
-from edge_sdk.protocol.spec import Setting
+from edge_sdk.protocol.spec import Levers, Setting
 from edge_sdk.protocol.trainer import Described
 from edge_sdk.protocol.wire import Choice, Decline, Offer, Run, VersionRef
 from edge_sdk.transport.outbox import Outbox
 
-__all__ = ["AgentRecord", "Knowledge", "Owed", "Packed", "RoundRow", "Shortfall", "disk_error"]
+__all__ = ["AgentRecord", "Knowledge", "Lesson", "Owed", "Packed", "RoundRow", "Shortfall", "disk_error"]
 
 SCHEMA = 1
 _KEPT_ROUNDS = 64
@@ -86,12 +86,29 @@ class Shortfall(Record, frozen=True, kw_only=True):
     """Wall clock."""
 
 
+class Lesson(Record, frozen=True, kw_only=True):
+    """What this device's rounds with some levers took of what its probe says; see ``agent.learning``."""
+
+    levers: Levers
+    quantized: bool
+    peaks: tuple[float, ...]
+    """Of the last rounds, measured over predicted by the probe alone; the newest last."""
+    peak: float = 1.0
+    step: float = 1.0
+    rounds: NotNegative = 0
+    at: float
+    """Wall clock."""
+
+
 class Knowledge(Record, frozen=True, kw_only=True):
     """What the trainer found out about this machine, base and data; its key says what makes it void."""
 
     described: Described
     fit: Fit | None = None
+    """As probed."""
     shortfalls: tuple[Shortfall, ...] = ()
+    lessons: tuple[Lesson, ...] = ()
+    """Of this fit; a new one begins without."""
 
 
 class Owed(Record, frozen=True, kw_only=True):

@@ -282,6 +282,8 @@ class Rounds:
                 "training.done", round=row.round, samples=reply.samples, peak_mb=measured.peak_mb,
                 rest_mb=measured.rest_mb, train_s=measured.train_s, loss_last=measured.loss_last,
             )  # fmt: skip
+            if isinstance(row.answer, Choice):
+                self._joining.trained(row.answer.candidate, row.offer.spec, measured)
             packed = Packed(
                 update=reply.update, residual=reply.residual, samples=reply.samples, measured=measured,
                 owed=owed, boot=self._context.boot,

@@ -21,15 +21,16 @@ from edge_sdk.errors import MechanismError
 from edge_sdk.planning.memory import Counted, counted
 from edge_sdk.planning.work import Worked, worked
 from edge_sdk.protocol.container import CODEC_FORMS, METADATA_KEY, CodecForm, ContainerHeader, Part
-from edge_sdk.protocol.measure import Fit
+from edge_sdk.protocol.measure import Correction, Fit
 from edge_sdk.protocol.model import LoraShape, ModelShape
-from edge_sdk.protocol.spec import Setting
+from edge_sdk.protocol.spec import Levers, Setting
 
 __all__ = [
     "PREFIX_GROUP",
     "Phase",
     "RoundTime",
     "Scales",
+    "correction",
     "link_s",
     "peak_mb",
     "phases",
@@ -38,6 +39,7 @@ __all__ = [
     "reference",
     "round_time",
     "step_s",
+    "tried",
     "update_bytes",
     "version_bytes",
 ]
@@ -134,7 +136,24 @@ def phases(shape: ModelShape, lora: LoraShape, setting: Setting) -> tuple[Phase,
 def peak_mb(fit: Fit, shape: ModelShape, lora: LoraShape, setting: Setting) -> float:
     """Highest memory of a round above the resting trainer, MB."""
     scales = _scales(fit, shape, lora, setting.base_precision)
-    return fit.peak_factor * max(scales.peak_mb(phase) for phase in phases(shape, lora, setting))
+    own = correction(fit, setting)
+    factor = fit.peak_factor if own is None else own.peak
+    return factor * max(scales.peak_mb(phase) for phase in phases(shape, lora, setting))
+
+
+def correction(fit: Fit, setting: Setting) -> Correction | None:
+    """What rounds with the setting's levers taught; None: there was none."""
+    if not fit.corrections:
+        return None
+    quantized, levers = tried(setting)
+    return next((c for c in fit.corrections if (c.quantized, c.levers) == (quantized, levers)), None)
+
+
+def tried(setting: Setting) -> tuple[bool, Levers]:
+    """What corrections are kept by: whether any layers are quantized, and the levers that tell then."""
+    if setting.quantized_layers:
+        return True, setting.levers
+    return False, Levers(recompute=setting.levers.recompute)
 
 
 @lru_cache(maxsize=1024)
@@ -163,7 +182,9 @@ def step_s(
     now = worked(shape, lora, _flat(setting), fit.kernel)
     then = _worked_then(fit, shape, lora, setting.base_precision)
     spared = prefix_read * (shape.layers - setting.depth) / shape.layers
-    return fit.step_factor * (
+    own = correction(fit, setting)
+    factor = fit.step_factor if own is None else own.step
+    return factor * (
         (1.0 - spared) * fit.forward_s * now.forward_s / then.forward_s
         + setting.depth * fit.layer_s * now.layer_s / then.layer_s
         + setting.quantized_layers * fit.quantize_s * now.quantize_s / then.quantize_s

@@ -11,6 +11,7 @@ from edge_sdk.protocol.spec import Levers, Word
 
 __all__ = [
     "Budget",
+    "Correction",
     "Fit",
     "Gpu",
     "How",
@@ -138,6 +139,18 @@ class ProbePoint(Record, frozen=True, kw_only=True):
     levers: Levers | None = None
 
 
+class Correction(Record, frozen=True, kw_only=True):
+    """What rounds with these levers took, over what the fit says of them."""
+
+    levers: Levers
+    quantized: bool
+    """With quantized layers; without any, bits and rounding of ``levers`` say nothing."""
+    peak: Factor = 1.0
+    step: Factor = 1.0
+    rounds: NotNegative = 0
+    """Trained and measured so far."""
+
+
 class Fit(Record, frozen=True, kw_only=True, cache_hash=True):
     """The cost model's coefficients, fitted on this device's probes: figures of one setting, the reference.
 
@@ -169,8 +182,10 @@ class Fit(Record, frozen=True, kw_only=True, cache_hash=True):
     """None: nothing was measured, and the figures are an estimate."""
     kernel: Word = "fbgemm"
     """What packs activations there: ``fbgemm``, ``composed`` or ``triton``."""
+    corrections: tuple[Correction, ...] = ()
+    """By which the device's own rounds correct all of the above, each for its levers."""
     peak_factor: Factor = 1.0
-    """What rounds since the probe took of what was predicted, a moving average; so too ``step_factor``."""
+    """The same for levers that no round has tried yet; so too ``step_factor``."""
     step_factor: Factor = 1.0
     threads: NotNegative = 0
     machine: Text = ""

@@ -16,7 +16,7 @@ from aggregator.planner.lessons import Lessons
 from aggregator.planner.plan import RoundPlan, plan_round
 from aggregator.state.base import ParticipationRow
 from edge_sdk.planning.choice import Budgets, Chosen, choose, step_down
-from edge_sdk.protocol.measure import Measured, Memory
+from edge_sdk.protocol.measure import Correction, Measured, Memory
 from edge_sdk.protocol.spec import Candidate, TrainSpec
 from edge_sdk.protocol.wire import Announce, Choice, Decline, Offer, Status, VersionRef
 
@@ -142,6 +142,30 @@ def test_measured_memory_corrects_the_next_plan_at_once() -> None:
     planned = recommended(made)
     assert planned is not None and planned.peak_mb == pytest.approx(1.3 * again.peak_mb)
     assert taught(lessons, received(made, again), status).memory_ratio == pytest.approx(0.8 * 1.3 + 0.2)
+
+
+@pytest.mark.parametrize("first", ["status", "round"])
+def test_what_a_device_corrects_itself_does_not_count_twice(first: str) -> None:
+    before = a_status(fit=a_fit(), budget_mb=150)
+    made = plan(before, Lessons())
+    one = next(c for c in made.candidates["a"] if c.recommended)
+    row = received(made, one, attempt=1, peak_mb=1.3 * one.peak_mb, train_s=2 * one.seconds)
+    correction = Correction(levers=one.levers, quantized=bool(one.quantized_layers), peak=1.3, step=1.5)
+    after = a_status(fit=replace(a_fit(), corrections=(correction,)), budget_mb=150)
+    lessons = Lessons().after_status(before)
+    if first == "status":
+        lessons = taught(lessons.after_status(after), row, after)
+    else:
+        lessons = taught(lessons, row, before).after_status(after)
+    share = min(1.0, 1.3 * one.peak_mb / (0.9 * 150))
+    assert (lessons.memory_factor, lessons.memory_share) == pytest.approx((1.0, share), rel=1e-6)
+    again = plan(after, lessons)
+    assert chosen(again, after).recommended and chosen(again, after).peak_mb <= 0.9 * 150
+    assert lessons.after_status(after) == replace(lessons, **averages(lessons.after_status(after)))
+
+
+def averages(lessons: Lessons) -> dict[str, Any]:
+    return {name: getattr(lessons, name) for name in ("forward_s", "layer_s", "quantize_s", "budget_mb")}
 
 
 def test_who_trained_longer_than_predicted_and_was_late_is_slower_from_then_on() -> None:
