@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 
 from aggregator.merging.base import Contribution, MergeRule, Sizes
+from aggregator.merging.blame import faults
 from aggregator.merging.streaming import Merge
 from aggregator.norms import Norms, NormsOf
 from aggregator.round_port import Made
@@ -86,17 +87,7 @@ class Adapters:
         merged and written a few at a time. Raises ContainerError for updates that cannot be merged.
         """
         before = self._read(chain)
-        contributions = [
-            Contribution(
-                path=self._objects.path(row.object),
-                device=row.device,
-                samples=row.samples,
-                weight=1.0 if row.weight is None else row.weight,
-            )
-            for row in updates
-            if row.object is not None and row.samples is not None
-        ]
-        merge = Merge(self._rule, before, contributions, self._fresh(number))
+        merge = Merge(self._rule, before, self._contributions(updates), self._fresh(number))
         whole = {**before.sizes, **merge.sizes}
         header = self._header(whole, round, number)
         if whole == dict(before.sizes) and len(chain) < self._full_every:
@@ -125,6 +116,16 @@ class Adapters:
         return Made(
             digest, size, parent, msgspec.json.encode(states).decode() if states else None, norms.result()
         )
+
+    def faults(
+        self, number: int, chain: Sequence[VersionRow], updates: Sequence[ParticipationRow]
+    ) -> dict[ParticipationRow, str]:
+        """Why version ``number`` cannot be made: which updates are to blame, and for what.
+
+        Raises what else is wrong.
+        """
+        found = faults(self._rule, self._read(chain), self._contributions(updates), self._fresh(number))
+        return {updates[place]: why for place, why in found.items()}
 
     def check(self, path: Path, announce: Announce, chain: Sequence[VersionRow]) -> Refusal | Norms:
         """Whether a complete container is what its announce said, fits the run and its merge rule, and leads
@@ -178,6 +179,19 @@ class Adapters:
                     )
             norms.add(key, change)
         return norms.result()
+
+    def _contributions(self, updates: Sequence[ParticipationRow]) -> list[Contribution]:
+        return [
+            Contribution(
+                path=self._objects.path(row.object),
+                device=row.device,
+                samples=row.samples,
+                weight=1.0 if row.weight is None else row.weight,
+                digest=row.object,
+            )
+            for row in updates
+            if row.object is not None and row.samples is not None
+        ]
 
     def _read(self, chain: Sequence[VersionRow]) -> VersionChain:
         return VersionChain([self._objects.path(version.object) for version in chain], forms=self._forms)

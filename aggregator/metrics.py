@@ -75,6 +75,7 @@ class Metrics:
         self._received = counter("updates_received", "Updates that were stored and receipted")
         self._received_bytes = counter("updates_received_bytes", "Bytes of these updates")
         self._refused = counter("updates_refused", "Updates that were refused, by cause", ("reason",))
+        self._set_aside = counter("updates_set_aside", "Received updates that could not be merged")
         self._declined = counter("offers_declined", "Offers that devices declined", ("reason",))
         self._train_s = seconds("training_seconds", "What devices needed to train, as they measured it")
         self._upload_s = seconds("upload_seconds", "From an update's announce to its receipt")
@@ -86,7 +87,8 @@ class Metrics:
         self._loss = gauge("version_loss", "Held-out loss of the newest evaluated version")
         self._broker = gauge("broker_connected", "Whether the broker is reached")
         self._paused = gauge("paused", "Whether the rounds pause, by cause", ("cause",))
-        self._paused.labels("storage").set(0)
+        for cause in ("storage", "merge"):
+            self._paused.labels(cause).set(0)
         registry.register(_Traffic(traffic))
         ProcessCollector(registry=registry)
 
@@ -105,11 +107,16 @@ class Metrics:
                 self._on_received(f)
             case "update.refused":
                 self._refused.labels(f["reason"]).inc()
+            case "update.set_aside":
+                self._set_aside.inc()
+            case "round.held":
+                self._paused.labels("merge").set(1)
             case "round.decline":
                 self._declined.labels(f["reason"]).inc()
             case "device.refused":
                 self._turned_away.labels(f["reason"]).inc()
             case "version.made":
+                self._paused.labels("merge").set(0)
                 self._version.set(f["version"])
                 self._version_bytes.set(f["bytes"])
             case "version.evaluated":

@@ -110,6 +110,12 @@ class Participations:
             self._set(row, counts_in=self._present().number, staleness=staleness, weight=weight)
         return rows
 
+    def set_aside(self, bad: Mapping[ParticipationRow, str]) -> None:
+        """The merge goes on without these, and says why. Durable when it returns."""
+        with self._store.transaction():
+            for row, cause in bad.items():
+                self._set(row, state="set-aside", set_aside=cause)
+
     def give_up(self, least_version: int | None = None) -> list[ParticipationRow]:
         """Awaits nothing more of those who build on an older version; None: of anybody. Returns them."""
         rows = [

@@ -38,7 +38,18 @@ class RoundsPort(Protocol):
 
     def merged_version(
         self, number: int, round: int, chain: Sequence[VersionRow], updates: Sequence[ParticipationRow]
-    ) -> Made: ...
+    ) -> Made:
+        """Durable. Raises OSError where the disk refuses it, and whatever else where it cannot be made."""
+        ...
+
+    def faults(
+        self, number: int, chain: Sequence[VersionRow], updates: Sequence[ParticipationRow]
+    ) -> Mapping[ParticipationRow, str]:
+        """Which of the updates of a merge that failed cannot be merged, and why.
+
+        Raises where it is none of their fault.
+        """
+        ...
 
     def utilities(
         self, chain: Sequence[VersionRow], version: VersionRow, updates: Sequence[ParticipationRow]

@@ -22,13 +22,14 @@ import msgspec
 from aggregator import round_events as events
 from aggregator.fleet import Fleet
 from aggregator.participations import Participations, critical_path, empty_in_a_row
+from aggregator.round_merge import RoundMerge
 from aggregator.round_port import RoundsPort
 from aggregator.scheduling.offering import Draft, Offering
 from aggregator.scheduling.patience import Patience
 from aggregator.scheduling.terms import Terms
 from aggregator.state.base import AWAITED, ClosedBy, ParticipationRow, RoundRow, Store, VersionRow, chain_of
 from edge_sdk.clock import Clock
-from edge_sdk.errors import ContainerError, StateError
+from edge_sdk.errors import StateError
 from edge_sdk.faults import reached
 from edge_sdk.protocol.trainer import Died, Evaluated, Failed
 from edge_sdk.protocol.wire import Offer, Run, Status
@@ -67,6 +68,7 @@ class Rounds:
         self._row = row
         self.participations = Participations(store, self._name, fleet, clock, lambda: self._row)
         self._offering = Offering(run, terms, fleet, self.participations, port, self.chain)
+        self._merging = RoundMerge(self.participations, port, clock)
         self._patience = Patience(self.participations, port, clock, buffered=self._buffered)
         if row.state == "waiting":
             self._not_before += self._rest_s()
@@ -137,6 +139,8 @@ class Rounds:
             still = self._patience.wait_s()
             waits += [] if still is None else [still]
             waits += [self._not_before - now] if self._not_before > now else []
+        if row.state == "merging" and self._merging.wait_s is not None:
+            waits.append(self._merging.wait_s)
         return max(0.0, min(waits)) if waits else None
 
     def save(self) -> None:
@@ -289,15 +293,12 @@ class Rounds:
             builds_on = self._built_on()
             number = builds_on + 1
             chain = self.chain(builds_on)
-            try:
-                made = self._port.merged_version(number, row.number, chain, received)
-            except ContainerError as error:
-                # The same files would give the same error at every start: the run goes on without them.
-                self._port.emit(
-                    "round.not_merged", round=row.number, updates=len(received), message=error.message
-                )
-                self._close_empty()
-                return True
+            merged = self._merging.made(number, row.number, chain)
+            if merged is None:
+                if self._row.held != self._merging.held:
+                    self._move(held=self._merging.held)
+                return False
+            made, received = merged
         reached("version.durable")
         wall = self._clock.wall()
         version = VersionRow(
@@ -313,6 +314,7 @@ class Rounds:
                 state="evaluating",
                 version=number,
                 outcome="merged",
+                held=None,
                 merge_s=self._clock.monotonic() - began,
                 merged_at=wall,
             )

@@ -223,6 +223,11 @@ class Running:
     ) -> Made:
         return self.adapters.merged(number, round, chain, updates)
 
+    def faults(
+        self, number: int, chain: Sequence[VersionRow], updates: Sequence[ParticipationRow]
+    ) -> Mapping[ParticipationRow, str]:
+        return self.adapters.faults(number, chain, updates)
+
     def utilities(
         self, chain: Sequence[VersionRow], version: VersionRow, updates: Sequence[ParticipationRow]
     ) -> str | None:

@@ -15,11 +15,11 @@ __all__ = ["JsonLog"]
 
 _WARNINGS = frozenset(
     {
-        "broker.down", "device.refused", "message.foreign", "offer.none", "round.empty", "round.not_merged",
-        "storage.paused", "update.refused", "version.not_evaluated",
+        "broker.down", "device.refused", "message.foreign", "offer.none", "round.empty",
+        "storage.paused", "update.refused", "update.set_aside", "version.not_evaluated",
     }
 )  # fmt: skip
-_ERRORS = frozenset({"run.failed"})
+_ERRORS = frozenset({"round.held", "run.failed"})
 _DETAILS = frozenset({"trainer.progress"})
 
 

@@ -79,6 +79,7 @@ def show_status(path: Path, *, as_json: bool) -> None:
             "state": "paused" if paused else state,
             "paused": pause.reason if paused else "",
             "free_mb": round(storage.free() / 1e6, 1),
+            "held": None if last is None else last.held,
             "keep_free_mb": look.config.storage.keep_free_mb,
             "version": versions[-1].number if versions else None,
             "accuracy": versions[-1].accuracy if versions else None,
@@ -105,6 +106,8 @@ def show_status(path: Path, *, as_json: bool) -> None:
     ]
     if facts["paused"]:
         lines.append(("PAUSED", f"{facts['paused']}; goes on by itself when there is room"))
+    if facts["held"]:
+        lines.append(("HELD", f"{facts['held']}; nothing is lost, it is tried again until that is cured"))
     if note is not None and note.insecure:
         lines.append(("INSECURE", "the broker is spoken to without TLS: everything travels readable"))
     if facts["insecure_devices"]:
@@ -197,6 +200,8 @@ def show_rounds(path: Path, *, as_json: bool) -> None:
             f"round {facts['number']}: {how}, version {_text(facts['version'])}, "
             f"open {facts['open_s']:.1f} s{overhead}{_time_words(facts)}"
         )
+        if facts["held"]:
+            typer.echo(f"  HELD: {facts['held']}")
         _table(
             ("  device", "state", "depth", "quantized", "bound by", "train s", "kB", "late", "why"),
             [
@@ -269,7 +274,9 @@ def _taking_part(row: ParticipationRow) -> dict[str, Any]:
         "quantized_layers": candidate.quantized_layers if candidate else None,
         "binding": choice.binding if choice else None,
         "attempt": choice.attempt if choice else None,
-        "reason": f"{told.reason}: {told.message}" if told else choice.reason if choice else "",
+        "reason": row.set_aside
+        or (f"{told.reason}: {told.message}" if told else choice.reason if choice else ""),
+        "set_aside": row.set_aside,
         "predicted_peak_mb": candidate.peak_mb if candidate else None,
         "measured_peak_mb": measured.peak_mb if measured else None,
         "rest_mb": measured.rest_mb if measured else None,

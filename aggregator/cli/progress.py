@@ -117,8 +117,11 @@ def _round_line(name: str, f: Fields) -> str:
         case "round.closed" if f["missed"] or f["awaited"]:
             gone = f"{head}: closed" + (f" without {', '.join(f['missed'])}" if f["missed"] else "")
             return gone + (f"; still awaited: {', '.join(f['awaited'])}" if f["awaited"] else "")
-        case "round.not_merged":
-            return f"{head}: {f['updates']} updates could not be merged: {f['message']}"
+        case "round.held":
+            return (
+                f"{head}: HELD, its {f['updates']} updates are kept: {f['message']}; "
+                "it is tried again until that is cured"
+            )
         case "round.empty":
             return f"{head}: nobody delivered, version {f['version']} stays"
         case "round.done" if f["overhead_s"] is not None:
@@ -141,6 +144,10 @@ def _update_line(name: str, f: Fields) -> str:
             )
         case "update.refused":
             return f"round {f['round']}: update of {f['device']} refused ({f['reason']}): {f['message']}"
+        case "update.set_aside":
+            return (
+                f"round {f['round']}: set aside what {f['device']} sent: it cannot be merged ({f['message']})"
+            )
         case "version.made" if f["round"]:
             return f"round {f['round']}: merged {f['updates']} updates into version {f['version']}"
         case "version.evaluated":

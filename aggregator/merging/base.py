@@ -29,12 +29,16 @@ Sizes = Mapping[str, tuple[int, int]]
 
 @dataclass(frozen=True)
 class Contribution:
-    """One device's stored update. ``weight`` multiplies its samples: staleness, importance."""
+    """One device's stored update. ``weight`` multiplies its samples: staleness, importance.
+
+    ``digest``: the sha256 that its file has as long as it is whole; None: that is not looked at.
+    """
 
     path: Path
     device: str
     samples: int
     weight: float = 1.0
+    digest: str | None = None
 
     def __post_init__(self) -> None:
         if self.samples < 1 or not isfinite(self.weight) or self.weight < 0:

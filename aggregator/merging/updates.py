@@ -26,6 +26,7 @@ class _Place:
     round: int
     path: Path
     weight: float
+    digest: str | None
 
 
 class Updates:
@@ -53,10 +54,12 @@ class Updates:
                 rule.check(container.parts)
                 fingerprints.add(header.fingerprint)
             self.trained.update({key: part.rows for key, part in container.parts.items()})
-            places[place] = _Place(one.device, header.round, one.path, one.samples * one.weight)
+            weight = one.samples * one.weight
+            places[place] = _Place(one.device, header.round, one.path, weight, one.digest)
         if len(fingerprints) > 1:
             raise ContainerError(f"updates of {len(fingerprints)} different fingerprints cannot be merged")
         self._places = [places[place] for place in sorted(places)]
+        self._unverified = {place.path for place in self._places if place.digest is not None}
 
     def __len__(self) -> int:
         return len(self._places)
@@ -64,12 +67,17 @@ class Updates:
     def batches(self) -> Iterator[list[tuple[Container, float]]]:
         """The updates in their order, a few at a time, open while they are looked at; and what each weighs.
 
-        A few, so that what they are added to is fetched from memory once for all of them.
+        A few, so that what they are added to is fetched from memory once for all of them. The first time
+        each file's digest is taken, of the bytes that are then added: what was altered since it was accepted
+        is a ContainerError, also where it could be read.
         """
         with ExitStack() as opened:
             batch: list[tuple[Container, float]] = []
             for place in self._places:
                 container = read_container(place.path, "update", self._forms).load()
+                if place.path in self._unverified:
+                    _verify(place, container)
+                    self._unverified.discard(place.path)
                 batch.append((opened.enter_context(container), place.weight))
                 if len(batch) >= _BATCH or sum(one.loaded_bytes for one, _ in batch) >= _BATCH_BYTES:
                     yield batch
@@ -77,6 +85,11 @@ class Updates:
                     batch = []
             if batch:
                 yield batch
+
+
+def _verify(place: _Place, container: Container) -> None:
+    if container.digest() != place.digest:
+        raise ContainerError(f"the stored update of {place.device} was altered since it was accepted")
 
 
 def _check(one: Contribution, container: Container, sizes: Sizes) -> None:

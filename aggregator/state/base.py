@@ -36,7 +36,10 @@ RoundState = Literal["waiting", "open", "merging", "evaluating", "closed"]
 Outcome = Literal["merged", "empty"]
 ClosedBy = Literal["all", "quorum", "buffer", "deadline"]
 """Why a round closed: nothing more can come, enough came, the buffer is full, or its time was over."""
-ParticipationState = Literal["offered", "chosen", "sending", "received", "declined", "refused", "missed"]
+ParticipationState = Literal[
+    "offered", "chosen", "sending", "received", "declined", "refused", "missed", "set-aside"
+]
+"""``set-aside``: an update was received, and could not be merged; ``set_aside`` says why."""
 AWAITED: frozenset[ParticipationState] = frozenset({"offered", "chosen", "sending"})
 """States from which an update may still come and count, in this round or a later one."""
 
@@ -161,6 +164,8 @@ class RoundRow:
     quorum: int | None = None
     """Updates that close it before its deadline; of the buffered schedule, those of the buffer."""
     closed_by: ClosedBy | None = None
+    held: str | None = None
+    """Why its merge, with all that it would merge, waits to be cured; None: it does not."""
     opened_at: float | None = None
     closed_at: float | None = None
     merged_at: float | None = None
@@ -209,9 +214,10 @@ class ParticipationRow:
     """Versions made between the one that it builds on and the one that it is merged into."""
     weight: float | None = None
     """What that multiplies its samples by."""
-
     norms: str | None = None
     """Of a received update: how large its change of each layer is, by layer, as JSON."""
+    set_aside: str | None = None
+    """Why the merge of the round ``counts_in`` went on without it."""
 
     @property
     def late(self) -> bool:

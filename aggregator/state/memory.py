@@ -124,8 +124,9 @@ class MemoryStore:
         return [row for row in rows if row.state == "received" and row.counts_in is None]
 
     def counted(self, run: str, round: int) -> Sequence[ParticipationRow]:
-        rows = (row for row in _of(self._participations, run) if row.counts_in == round)
-        return sorted(rows, key=lambda row: (row.device, row.round))
+        rows = _of(self._participations, run)
+        counted = (row for row in rows if row.counts_in == round and row.state == "received")
+        return sorted(counted, key=lambda row: (row.device, row.round))
 
     def newest_received(self, run: str) -> Mapping[str, ParticipationRow]:
         return {row.device: row for row in _of(self._participations, run) if row.state == "received"}

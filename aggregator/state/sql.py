@@ -180,8 +180,8 @@ class SqlStore:
 
     def counted(self, run: str, round: int) -> Sequence[ParticipationRow]:
         t = tables.participations
-        query = select(t).where(t.c.run == run, t.c.counts_in == round).order_by(t.c.device, t.c.round)
-        return self._all(ParticipationRow, query)
+        query = select(t).where(t.c.run == run, t.c.counts_in == round, t.c.state == "received")
+        return self._all(ParticipationRow, query.order_by(t.c.device, t.c.round))
 
     def newest_received(self, run: str) -> Mapping[str, ParticipationRow]:
         t = tables.participations

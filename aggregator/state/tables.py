@@ -38,7 +38,7 @@ __all__ = [
     "versions",
 ]
 
-SCHEMA = 5
+SCHEMA = 6
 """Version of the tables. A change raises it and appends a function to ``STEPS``."""
 
 metadata = MetaData()
@@ -105,6 +105,7 @@ rounds = Table(
     Column("wanted", Integer),
     Column("quorum", Integer),
     Column("closed_by", String(16)),
+    Column("held", Text),
     Column("opened_at", Float(53)),
     Column("closed_at", Float(53)),
     Column("merged_at", Float(53)),
@@ -140,6 +141,7 @@ participations = Table(
     Column("staleness", Integer),
     Column("weight", Float(53)),
     Column("norms", Text),
+    Column("set_aside", Text),
     ForeignKeyConstraint(["run", "round"], ["rounds.run", "rounds.number"]),
 )
 participations_by_state = Index("participations_by_state", participations.c.run, participations.c.state)
@@ -212,11 +214,17 @@ def _merges_keep_state(connection: Connection) -> None:
     connection.execute(text("ALTER TABLE participations ADD COLUMN norms TEXT"))
 
 
+def _merges_go_on_without_what_is_bad(connection: Connection) -> None:
+    connection.execute(text("ALTER TABLE rounds ADD COLUMN held TEXT"))
+    connection.execute(text("ALTER TABLE participations ADD COLUMN set_aside TEXT"))
+
+
 STEPS: dict[int, Callable[[Connection], None]] = {
     1: _evaluations_tell_more,
     2: _the_planner_learns,
     3: _updates_may_be_late,
     4: _merges_keep_state,
+    5: _merges_go_on_without_what_is_bad,
 }
 """From version n to n + 1: ``STEPS[n](connection)``."""
 

@@ -1,6 +1,6 @@
 """The merge of many stored updates: what it holds in memory, and how long it takes beside reading them.
 
-Files of int8 updates of one shape, written once; for more devices than files, hard links to them. The plain
+Files of int8 updates of one shape, written once; more devices than files share them. The plain
 side reads each file at once and dequantizes every tensor, nothing else. Memory and time are of a process of
 its own: resting is after a first small merge, the peak is the kernel's, cleared before; times that are
 compared are the processor's, of user and system, as both sides have one thread and the files lie in memory.
@@ -68,17 +68,21 @@ def write_files(folder: Path, record: Run, count: int) -> None:
     chain = VersionChain([store.path(made.object)])
     start = {key: chain.tensor(key) for key in chain.sizes}
     noise = np.random.default_rng(0)
+    updates = []
     end = {key: np.empty_like(rows) for key, rows in start.items()}
-    for number in range(count):
+    for _ in range(count):
         for key, rows in start.items():
             noise.standard_normal(dtype=np.float32, out=end[key])
             end[key] *= 0.01
             end[key] += rows
+        path = folder / "update"
         write_update(
-            folder / "objects" / f"{number:064x}", run=record.run, round=1,
+            path, run=record.run, round=1,
             fingerprint=record.fingerprint.digest, builds_on=0, start=start, end=end,
             keys=all_keys(record.shape), codec="int8", residual=None,
         )  # fmt: skip
+        updates.append(store.adopt(path)[0])
+    (folder / "updates").write_text(json.dumps(updates))
 
 
 def adapters(folder: Path, record: Run, rule: str = "layer-mean", optimizer: str = "none") -> Adapters:
@@ -89,16 +93,15 @@ def adapters(folder: Path, record: Run, rule: str = "layer-mean", optimizer: str
     )  # fmt: skip
 
 
-def participations(folder: Path, devices: int, files: int) -> list[ParticipationRow]:
-    rows = []
-    for number in range(devices):
-        name = f"{number:064x}"
-        path = folder / "objects" / name
-        if not path.exists():
-            path.hardlink_to(folder / "objects" / f"{number % files:064x}")
-        row = ParticipationRow("merge", 1, f"d{number:05}", "received", "", 0.0, object=name, samples=100)
-        rows.append(row)
-    return rows
+def participations(folder: Path, devices: int) -> list[ParticipationRow]:
+    names = json.loads((folder / "updates").read_text())
+    return [
+        ParticipationRow(
+            "merge", 1, f"d{number:05}", "received", "", 0.0,
+            object=names[number % len(names)], samples=100,
+        )
+        for number in range(devices)
+    ]  # fmt: skip
 
 
 def plain(folder: Path, rows: list[ParticipationRow]) -> float:
@@ -130,7 +133,7 @@ def merge(folder: Path, maker: Adapters, rows: list[ParticipationRow]) -> tuple[
 def child(folder: Path, config: Mapping[str, Any]) -> Iterator[Row]:
     """In a process of its own: rows of one number of devices, rule and server optimizer."""
     maker = adapters(folder, run_record(config), config["rule"], config["server_optimizer"])
-    rows = participations(folder, config["devices"], config["files"])
+    rows = participations(folder, config["devices"])
     process = psutil.Process()
     merge(folder, maker, rows[:4])
     plain(folder, rows[:4])
@@ -144,7 +147,7 @@ def child(folder: Path, config: Mapping[str, Any]) -> Iterator[Row]:
             "repeat": repeat, "merge_s": seconds, "wall_s": wall_s,
             "plain_s": plain(folder, rows) if config["beside"] else None,
             "rest_mb": rest / MB, "peak_above_rest_mb": (peak - rest) / MB,
-            "update_bytes": (folder / "objects" / ("0" * 64)).stat().st_size,
+            "update_bytes": (folder / "objects" / str(rows[0].object)).stat().st_size,
         }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ allocates, and decodes one part at a time.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -177,6 +178,16 @@ class Container:
             with self._open() as file:
                 self._data = _bytes(file, self.path, 0, self._size)
         return self
+
+    def digest(self) -> str:
+        """sha256 of the whole file, in hex; of what ``load`` read, where it did."""
+        if self._data is not None:
+            return hashlib.sha256(self._data).hexdigest()
+        digest = hashlib.sha256()
+        with self._open() as file:
+            for begin in range(0, self._size, _SMALL):
+                digest.update(_bytes(file, self.path, begin, min(_SMALL, self._size - begin)))
+        return digest.hexdigest()
 
     def tensor(self, key: str) -> Floats:
         """One part decoded, float32 (rows, width), owned by the caller. Raises ContainerError."""

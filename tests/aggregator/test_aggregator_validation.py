@@ -15,9 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from aggregator.adapters import Adapters
 from aggregator.fleet import Fleet
-from edge_sdk.errors import ContainerError
 from edge_sdk.protocol.frames import encode_chunk
 from edge_sdk.protocol.wire import Announce, Choice, Have, Presence, Refusal, Status, encode
 from edge_sdk.transport.memory import MemoryTransport
@@ -197,25 +195,6 @@ def test_changes_do_not_add_up_to_what_no_version_holds(world: World) -> None:
     assert [refusal.reason for refusal in device.refusals][:1] == ["nonfinite"]
     assert "leads to a value of 6.9" in device.refusals[0].message
     assert device.receipts[-1].round == 6
-
-
-def test_a_merge_that_cannot_be_had_leaves_the_version_as_it_is(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fails(*args: Any) -> None:
-        raise ContainerError("a value of 7e+04 does not fit 16 bits")
-
-    world.open()
-    with monkeypatch.context() as patch:
-        patch.setattr(Adapters, "merged", fails)
-        device = world.device()
-        world.pump()
-    assert "16 bits" in world.last("round.not_merged")["message"]
-    world.pass_time(10)
-    assert [receipt.round for receipt in device.receipts] == [1, 2]
-    server = world.server
-    assert server is not None and server.error is None
-    assert [row.outcome for row in server._store.rounds("demo")] == ["merged", "empty", "merged"]
 
 
 def test_altered_bytes_are_asked_for_again_and_then_dropped(world: World) -> None:
