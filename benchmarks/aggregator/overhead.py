@@ -64,14 +64,20 @@ def measure(adapter_mb: float, method: str, rounds: int, longest_s: float) -> di
             evaluate=False, method=method,
         )  # fmt: skip
         parties = [server(folder, "", environment), *(agent(folder, d, "", environment) for d in DEVICES)]
-        memory = _watch(parties, longest_s)
+        watched = _watch(parties, longest_s)
         said = _events(folder / "server.log")
         kind = broker.kind
+    rounds_done = [one for one in said if one["event"] == "round.done"]
+    short = [one["round"] for one in rounds_done if one["outcome"] != "merged"]
+    if short or len(rounds_done) != rounds:
+        declined = [one["message"] for one in said if one["event"] == "round.decline"]
+        raise RuntimeError(
+            f"{len(rounds_done)} of {rounds} rounds, {short} without an update: {declined[:3]}"
+        )
     opened = [one["wall"] for one in said if one["event"] == "round.opened"]
     ends = [*opened, *(one["wall"] for one in said if one["event"] == "run.finished")]
     seconds = [after - before for before, after in pairwise(ends)][1:]
-    done = [one for one in said if one["event"] == "round.done"][1:]
-    idle = [one["slowest_train_s"] for one in done]
+    idle = [one["slowest_train_s"] for one in rounds_done[1:]]
     return {
         "method": method,
         "broker": kind,
@@ -83,14 +89,20 @@ def measure(adapter_mb: float, method: str, rounds: int, longest_s: float) -> di
         "update_mb": statistics.median(
             one["bytes"] / 1e6 for one in said if one["event"] == "update.received"
         ),
-        **memory,
+        **watched,
     }
 
 
 def _watch(parties: list[Party], longest_s: float) -> dict[str, Any]:
-    """Until all have ended: the highest memory of each process above what it held when round 1 began."""
+    """Until all have ended: the highest memory of each process above what it held when round 1 began.
+
+    The highest of its whole life, so that the making of version 0 counts. ``cpu_s``: processor time since
+    round 1 began, of each process without its trainer.
+    """
     rest: dict[str, float] = {}
+    began: dict[str, float] = {}
     highest: dict[str, float] = {}
+    spent: dict[str, float] = {}
     ends = time.monotonic() + longest_s
     left = list(parties)
     while left:
@@ -99,20 +111,33 @@ def _watch(parties: list[Party], longest_s: float) -> dict[str, Any]:
                 os.kill(party.pid, signal.SIGKILL)
             raise TimeoutError(f"not over after {longest_s:g} s: {left[0].log.read_text()[-2000:]}")
         if not rest and any(one["event"] == "round.opened" for one in _events(parties[0].log)):
-            for party in parties:
-                rest[party.name] = psutil.Process(party.pid).memory_info().rss / 1e6
-                Path(f"/proc/{party.pid}/clear_refs").write_text("5")
+            rest = {party.name: psutil.Process(party.pid).memory_info().rss / 1e6 for party in parties}
+            began = {party.name: _cpu_s(party.pid) for party in parties}
         for party in list(left):
             if os.waitpid(party.pid, os.WNOHANG)[0]:
                 left.remove(party)
-            elif rest:
-                highest[party.name] = _high_water_mb(party.pid) or highest.get(party.name, 0.0)
+                continue
+            highest[party.name] = max(highest.get(party.name, 0.0), _high_water_mb(party.pid))
+            spent[party.name] = max(spent.get(party.name, 0.0), _cpu_s(party.pid))
         time.sleep(0.02)
-    above = {name: round(highest[name] - rest[name], 1) for name in highest}
-    return {"rest_mb": {name: round(mb, 1) for name, mb in rest.items()}, "above_rest_mb": above}
+    return {
+        "rest_mb": {name: round(mb, 1) for name, mb in rest.items()},
+        "above_rest_mb": {name: round(mb - rest[name], 1) for name, mb in highest.items()},
+        "cpu_s": {name: round(spent[name] - s, 2) for name, s in began.items()},
+    }
+
+
+def _cpu_s(pid: int) -> float:
+    """0: it has ended."""
+    try:
+        times = psutil.Process(pid).cpu_times()
+    except psutil.Error:
+        return 0.0
+    return float(times.user + times.system)
 
 
 def _high_water_mb(pid: int) -> float:
+    """0: it has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:

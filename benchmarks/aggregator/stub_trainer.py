@@ -18,6 +18,7 @@ import msgspec
 import numpy as np
 
 from edge_sdk.faults import VARIABLE
+from edge_sdk.protocol.container import CODEC_FORMS
 from edge_sdk.protocol.measure import Fit, Measured, ProbePoint
 from edge_sdk.protocol.model import DensePart, LoraModule, ModelShape
 from edge_sdk.protocol.pipe import Unframer, frame
@@ -51,7 +52,13 @@ TRAINER_PLACES = (
 """``trainer.update``: the update is written, the residual is not. ``trainer.residual``: both are, nothing was
 answered."""
 
-MECHANISMS = tuple(sorted(TrainSpec().needs() | Candidate(id="x", depth=1, quantized_layers=1).needs()))
+MECHANISMS = tuple(
+    sorted(
+        TrainSpec().needs()
+        | Candidate(id="x", depth=1, quantized_layers=1).needs()
+        | {f"codec:{name}" for name in CODEC_FORMS}
+    )
+)
 ONCE = "STUB_ONCE"
 
 
