@@ -63,11 +63,13 @@ class Fleet:
     Args:
         store: every change is written through to it.
         run: the run that devices join; its fingerprint decides who may.
+        max_samples: a device that tells of more may not.
     """
 
-    def __init__(self, store: Store, run: Run) -> None:
+    def __init__(self, store: Store, run: Run, max_samples: int) -> None:
         self._store = store
         self._run = run
+        self._max_samples = max_samples
         self._members: dict[str, Member] = {}
         self._rows: dict[str, DeviceRow] = {}
         with store.transaction():
@@ -174,6 +176,15 @@ class Fleet:
                 message=f"this device differs from the run in: {', '.join(parts)}",
                 hint="all parties need the same base model, tokenizer, labels, template and LoRA shape",
                 parts=parts,
+            )
+        if status.samples > self._max_samples:
+            return Refusal(
+                device=status.device,
+                run=self._run.run,
+                reason="samples",
+                message=f"this device tells of {status.samples} samples; "
+                f"{self._max_samples} at most may count for one",
+                hint="give it fewer rows, or raise rounds.max_samples in run.toml if they are true",
             )
         return None
 

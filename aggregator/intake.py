@@ -50,6 +50,7 @@ class Intake:
         fleet: Fleet,
         *,
         limit_bytes: int,
+        max_samples: int,
         window: int,
         check: Callable[[Path, Announce], Refusal | Norms],
         send: Callable[[str, Record], bool],
@@ -63,6 +64,7 @@ class Intake:
         self._rounds = rounds
         self._fleet = fleet
         self._limit_bytes = limit_bytes
+        self._max_samples = max_samples
         self._window = window
         self._check = check
         self._send = send
@@ -138,7 +140,7 @@ class Intake:
         for device in devices:
             upload = self._uploads[device]
             if upload is not None:
-                late = Claim(self._offer(upload.announce), True, self._limit_bytes, None)
+                late = Claim(self._offer(upload.announce), True, self._limit_bytes, self._max_samples, None)
                 refusal = check_announce(upload.announce, late)
                 if refusal is not None:
                     self._refuse(refusal)
@@ -169,6 +171,7 @@ class Intake:
             offer=None if row is None else msgspec.json.decode(row.offer, type=Offer),
             late=row is not None and row.state not in AWAITED,
             limit_bytes=self._limit_bytes,
+            max_samples=self._max_samples,
             status=self._fleet.reported(announce.device),
         )
 

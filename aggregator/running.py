@@ -85,7 +85,7 @@ class Running:
         namespace = config.broker.namespace
         self._norms = FleetNorms(store, run.run)
         self.ledger = Ledger(store, run.run, server.traffic)
-        self.fleet = Fleet(store, run)
+        self.fleet = Fleet(store, run, config.rounds.max_samples)
         self.adapters = Adapters(
             run,
             method.merge,
@@ -107,6 +107,7 @@ class Running:
             self.rounds,
             self.fleet,
             limit_bytes=int(config.transfer.max_update_mb * 1e6),
+            max_samples=config.rounds.max_samples,
             window=config.transfer.window,
             check=self._check,
             send=self._say,

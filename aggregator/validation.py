@@ -16,7 +16,6 @@ from edge_sdk.protocol.wire import Announce, Offer, Refusal, RefusalReason, Run,
 
 __all__ = ["Claim", "check_announce", "check_origin", "refuse", "same_work"]
 
-MAX_SAMPLES = 10**9
 _PREDICTIONS = ("peak_mb", "seconds", "bytes_up", "bytes_down", "gain", "recommended")
 
 
@@ -29,7 +28,9 @@ class Claim:
     late: bool
     """The round took its updates without this one."""
     limit_bytes: int
+    max_samples: int
     status: Status | None
+    """The last that its device reported."""
 
 
 def refuse(announce: Announce, reason: RefusalReason, message: str, hint: str = "") -> Refusal:
@@ -112,7 +113,7 @@ def check_announce(announce: Announce, claim: Claim) -> Refusal | None:
             f"candidate {announce.candidate.id!r}, depth {announce.candidate.depth}, was not offered as such",
             "a device trains one of the offered candidates, unchanged",
         )
-    return _check_samples(announce, claim.status)
+    return _check_samples(announce, claim)
 
 
 def same_work(one: Candidate, other: Candidate) -> bool:
@@ -121,15 +122,17 @@ def same_work(one: Candidate, other: Candidate) -> bool:
     return all(getattr(one, name) == getattr(other, name) for name in names)
 
 
-def _check_samples(announce: Announce, status: Status | None) -> Refusal | None:
-    """The sample count weighs in the merge: a device must not give itself a weight at will."""
+def _check_samples(announce: Announce, claim: Claim) -> Refusal | None:
+    """The sample count weighs in the merge: a device must not give itself a weight at will. It has as many as
+    it told of when it joined; of one that told nothing, as many as it can have drawn."""
     candidate = announce.candidate
     drawn = candidate.steps * candidate.micro_batch * candidate.accumulation
-    most = min(MAX_SAMPLES, max(drawn, status.samples if status is not None else 0))
-    if announce.samples > most:
+    has = drawn if claim.status is None else claim.status.samples
+    if announce.samples > min(has, claim.max_samples):
         return refuse(
             announce,
             "samples",
-            f"the update claims {announce.samples} samples; its device has {most} at most",
+            f"the update claims {announce.samples} samples; its device told of {has}, "
+            f"and {claim.max_samples} at most count",
         )
     return None

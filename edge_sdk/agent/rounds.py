@@ -284,8 +284,11 @@ class Rounds:
             )  # fmt: skip
             if isinstance(row.answer, Choice):
                 self._joining.trained(row.answer.candidate, row.offer.spec, measured)
+            described = self._joining.described
+            # Rows that came since it was told count from the next time that they are told.
+            samples = reply.samples if described is None else min(reply.samples, described.samples)
             packed = Packed(
-                update=reply.update, residual=reply.residual, samples=reply.samples, measured=measured,
+                update=reply.update, residual=reply.residual, samples=samples, measured=measured,
                 owed=owed, boot=self._context.boot,
             )  # fmt: skip
             self._save(state="packing", packed=packed)

@@ -108,6 +108,8 @@ class RoundsSection(Record, frozen=True, kw_only=True):
     """``merge``: an update that comes after its round counts in a later one, by its staleness."""
     max_staleness: NotNegative = 10
     """Versions that may have been made since; an older update is refused."""
+    max_samples: Positive = 1_000_000
+    """A device that says it has more rows is refused: it would outweigh all others by its word alone."""
 
 
 class MergeSection(Record, frozen=True, kw_only=True):

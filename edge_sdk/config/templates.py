@@ -185,6 +185,7 @@ path = <BASE>
 # late = "merge"           # what comes after its round counts in a later one, by its staleness; "refuse"
 #                          # leaves it to the device, which adds it to its next update
 # max_staleness = 10       # versions that may have been made since; what is older is refused
+# max_samples = 1000000    # a device that says it has more rows is refused: it would outweigh all others
 
 [merge]
 # rule = "layer-mean"      # how updates become the next version; rank-one, product-svd (exact products, slow

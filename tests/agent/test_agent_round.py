@@ -51,6 +51,20 @@ def test_a_round_from_the_run_record_to_the_receipt(world: World) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(("now", "counted"), [(80, 50), (20, 20)])
+def test_rows_that_came_since_it_joined_do_not_count_yet(world: World, now: int, counted: int) -> None:
+    """More than its status tells no aggregator takes."""
+    world.trainer.auto = False
+    joined(world)
+    world.aggregator.offer()
+    world.settle()
+    assert world.trainer.pending is not None
+    world.trainer.reply(replace(answer(world.trainer.pending), samples=now))
+    world.settle()
+    (announce,) = world.aggregator.got(Announce)
+    assert announce.samples == counted
+
+
 def test_residual_goes_into_the_next_round(world: World) -> None:
     joined(world)
     world.aggregator.offer()

@@ -65,6 +65,23 @@ def test_announces_refused_before_any_byte(
     assert device.sender is None
 
 
+def test_what_could_be_drawn_is_not_what_a_device_has(world: World) -> None:
+    """A device of three rows draws each of them many times, and weighs as three."""
+    _, refusal = refused(world, samples=3, alter_announce=lambda a: replace(a, samples=40))
+    assert refusal.reason == "samples" and "told of 3" in refusal.message
+
+
+def test_a_device_that_would_outweigh_all_others_by_its_word_is_refused(world: World) -> None:
+    world.open(rounds=replace(world.config.rounds, max_samples=1000))
+    boaster = world.device("boaster", samples=1001)
+    honest = world.device("honest", samples=1000)
+    world.pump()
+    refusal = boaster.refusals[0]
+    assert refusal.reason == "samples" and "1001" in refusal.message and "max_samples" in refusal.hint
+    assert world.last("device.refused")["device"] == "boaster" and boaster.offer is None
+    assert [receipt.round for receipt in honest.receipts] == [1, 2]
+
+
 def test_smaller_predictions_are_no_other_work(world: World) -> None:
     world.open()
     device = world.device(
