@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from msgspec.structs import replace
 
 from edge_sdk.agent.context import Context
+from edge_sdk.agent.link import kept_link
 from edge_sdk.agent.record import Shortfall
 from edge_sdk.errors import MissingExtraError
 from edge_sdk.planning.choice import PrefixRoom
@@ -105,17 +106,13 @@ def prefix_room(context: Context, described: Described, spec: TrainSpec) -> Pref
 
 
 def link_now(context: Context) -> Link:
-    """The owner's limit where there is one, else what was measured or earlier transfers showed."""
+    """What was measured, or transfers showed; of the way up no more than the owner's limit."""
+    link, _ = kept_link(context.record)
     limit = context.config.limits.uplink_kbps
-    up, down = context.record.get("link.up_bps"), context.record.get("link.down_bps")
-    up_bps = limit * 1000 if limit is not None else None if up is None else float(up)
-    down_bps = None if down is None else float(down)
-    trip = context.record.get("link.rtt_ms")
-    rtt_ms = None if trip is None else float(trip)
-    if limit is not None:
-        return Link(up_bps=up_bps, down_bps=down_bps, rtt_ms=rtt_ms, source="configured")
-    known = up_bps is not None or down_bps is not None
-    return Link(up_bps=up_bps, down_bps=down_bps, rtt_ms=rtt_ms, source="measured" if known else "unknown")
+    if limit is None:
+        return link
+    up_bps = 1000 * limit if link.up_bps is None else min(1000 * limit, link.up_bps)
+    return replace(link, up_bps=up_bps, source="configured" if up_bps == 1000 * limit else "measured")
 
 
 def traffic_now(context: Context) -> float | None:
@@ -141,3 +138,4 @@ def keep_rate(context: Context, way: str, bits_per_second: float) -> None:
     if before is not None:
         bits_per_second = 0.5 * float(before) + 0.5 * bits_per_second
     context.record.put(key, str(round(bits_per_second)))
+    context.record.put("link.at", str(context.clock.wall()))

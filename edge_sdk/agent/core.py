@@ -32,6 +32,7 @@ from edge_sdk.agent.inbox import (
     Stop,
 )
 from edge_sdk.agent.joining import Joining
+from edge_sdk.agent.measuring import LEDGER, Measuring
 from edge_sdk.agent.record import disk_error
 from edge_sdk.agent.reporting import live_state
 from edge_sdk.agent.rounds import Rounds
@@ -47,6 +48,7 @@ from edge_sdk.protocol.wire import (
     DeclineReason,
     Have,
     Offer,
+    Pong,
     Receipt,
     Refusal,
     Run,
@@ -78,6 +80,7 @@ class Core:
         self.rounds = Rounds(context, self.joining, self.downloads, self.uploads)
         self.standing = Standing(context, self.joining, self.rounds)
         self.gating = Gating(context, {} if gates is None else gates)
+        self.measuring = Measuring(context, self._report)
         self.ending = Ending(context, self.joining, self.rounds, self.downloads, self.fail, give_up_s)
         self.aggregator: AggregatorState | None = None
         self.error: EdgeError | None = None
@@ -254,9 +257,12 @@ class Core:
 
     def _on_message(self, event: Inbound) -> None:
         context, now = self.context, self.context.clock.monotonic()
-        context.traffic.count(context.nonce, bytes_down=len(event.payload))
-        if is_chunk(event.payload):
-            self.downloads.on_chunk(decode_chunk(event.payload), now)
+        chunk = decode_chunk(event.payload) if is_chunk(event.payload) else None
+        probe = chunk is not None and self.measuring.on_chunk(chunk, now)
+        context.traffic.count(LEDGER if probe else context.nonce, bytes_down=len(event.payload))
+        if chunk is not None:
+            if not probe:
+                self.downloads.on_chunk(chunk, now)
             return
         record = decode(event.payload)
         match record:
@@ -273,6 +279,8 @@ class Core:
                 self.uploads.on_receipt(record)
             case Refusal(device=context.device):
                 self._on_refusal(record, now)
+            case Pong(device=context.device):
+                self.measuring.on_pong(record, now)
             case _:
                 raise ProtocolError(f"a {type(record).__name__} record has no place on topic {event.topic}")
 
@@ -335,6 +343,9 @@ class Core:
         times = [join_due, self.rounds.advance(now), self.downloads.tick(now), self.uploads.pump(now)]
         times.append(self.ending.follow(self.aggregator, self._report, now))
         times.append(self.standing.tick(self.aggregator, now))
+        quiet = self.rounds.state == "idle" and not self.uploads.items
+        heard = self.aggregator if self._down_since is None and self._run_seen else None
+        times.append(self.measuring.tick(heard, quiet=quiet, now=now))
         if self._exports and not self.context.desk.busy:
             ask_export(self.context, self.joining, self._exports.popleft())
         return min((time for time in times if time is not None), default=None)

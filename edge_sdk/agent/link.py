@@ -93,7 +93,7 @@ def keep_link(record: AgentRecord, link: Link, at: float) -> None:
 
 
 def kept_link(record: AgentRecord) -> tuple[Link, float]:
-    """What is known, from measurements and transfers, and when it was last measured on purpose."""
+    """What is known, from measurements and transfers, and since when it is."""
     known = {name: float(text) for name in _FIELDS if (text := record.get(f"link.{name}")) is not None}
     link = Link(**known, source="measured" if known else "unknown")
     return link, float(record.get("link.at") or 0.0)

@@ -10,6 +10,7 @@ import msgspec
 from edge_sdk.agent.budgets import link_now
 from edge_sdk.agent.context import Context
 from edge_sdk.agent.joining import Joining
+from edge_sdk.agent.link import kept_link
 from edge_sdk.agent.lock import holder
 from edge_sdk.agent.record import AgentRecord, RoundRow
 from edge_sdk.agent.rounds import Rounds
@@ -133,12 +134,19 @@ def folder_status(config: AgentConfig, clock: Clock | None = None) -> dict[str, 
             ],
             owed=[owed.round for owed in record.owed()],
             ledger={} if run is None else record.ledger(run.nonce),
+            link=_link(record),
             traffic_today=Traffic(record, clock or SystemClock(), None).used,
             rounds=[_round(row) for row in record.rounds()],
         )  # fmt: skip
     finally:
         record.close()
     return status
+
+
+def _link(record: AgentRecord) -> dict[str, Any]:
+    """What is known of it, and since when."""
+    link, at = kept_link(record)
+    return {**msgspec.to_builtins(link), "at": at or None}
 
 
 def _round(row: RoundRow) -> dict[str, Any]:

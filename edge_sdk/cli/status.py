@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ def _lines(status: dict[str, Any]) -> list[str]:
         elif "declined" in row:
             told += f": {row['message']}"
         lines.append(told)
+    lines += _link(status["link"])
     ledger = status["ledger"]
     lines.append(f"traffic   {ledger.get('bytes_up', 0)} bytes up, {ledger.get('bytes_down', 0)} down, "
                  f"{ledger.get('bytes_resent', 0)} sent again")  # fmt: skip
@@ -62,3 +64,13 @@ def _lines(status: dict[str, Any]) -> list[str]:
     if allowed is not None:
         lines.append(f"today     {status['traffic_today'] / 1e6:.1f} of {allowed:g} MB")
     return lines
+
+
+def _link(link: dict[str, Any]) -> list[str]:
+    """Empty where nothing is known yet."""
+    told = [f"{link[way] / 1e6:.3g} Mbit/s {word}" for way, word in (("up_bps", "up"), ("down_bps", "down"))
+            if link[way] is not None]  # fmt: skip
+    if link["rtt_ms"] is not None:
+        told.append(f"{link['rtt_ms']:.3g} ms there and back")
+    since = "" if link["at"] is None else f"; {time.strftime('%Y-%m-%d %H:%M', time.localtime(link['at']))}"
+    return [f"link      {', '.join(told)}{since}"] if told else []

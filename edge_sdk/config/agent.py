@@ -92,6 +92,9 @@ class LimitsSection(Record, frozen=True, kw_only=True):
     """What the trainer process may hold in all; enforced."""
     uplink_kbps: Annotated[float, msgspec.Meta(gt=0)] | None = None
     """kilobit per second; what the agent sends is held to it by a token bucket."""
+    link_probe_mb: Annotated[float, msgspec.Meta(ge=0, le=4)] = 1.0
+    """What may go over the link to measure it, both ways together: at joining, and again when what is known
+    is a day old; 0: it is not measured, and only transfers show it."""
     prefix_cache_mb: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     """What may be kept of the frozen layers' output over the epochs of a round; 0: nothing."""
     prefix_cache: Literal["memory", "disk"] = "memory"

@@ -99,6 +99,8 @@ path = <DATA>
 #                          # fewer layers tuned, or more of their activations quantized (some more time)
 # uplink_kbps = 1000       # kilobit per second that the agent may send; a slow link makes rounds longer,
 #                          # or the device choose a smaller update
+# link_probe_mb = 1.0      # what may go over the link to measure it, both ways: at joining, and again when a
+#                          # day old; 0: the first rounds are planned as if the link were free
 # prefix_cache_mb = 0      # room to keep what the frozen layers give, over the epochs of a round: rows seen
 #                          # again then skip them, which saves most of a step where few layers are tuned
 # prefix_cache = "memory"  # memory (part of memory_mb) or disk
