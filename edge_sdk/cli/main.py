@@ -171,6 +171,9 @@ def plan(
     device_class: Annotated[
         str | None, typer.Option("--device-class", help="One of edge-agent device-classes.")
     ] = None,
+    power_mode: Annotated[
+        str | None, typer.Option("--power-mode", help="One of that class, by its vendor's name.")
+    ] = None,
     memory_mb: Annotated[
         float | None,
         typer.Option("--memory-mb", min=1, help="What the trainer may hold in all, in 10^6 bytes."),
@@ -199,6 +202,7 @@ def plan(
         model=model, device_class=device_class, memory_mb=memory_mb, gflops=gflops,
         task=None if task is None else task.value, labels=labels, batch=batch, length=length, rank=rank,
         steps=steps, base_precision=base_precision.value, up_mbps=up_mbps, down_mbps=down_mbps,
+        power_mode=power_mode,
     )  # fmt: skip
     show_plan(asked, as_json=json)
 

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import typer
 
+from edge_sdk.device.capacity import Capacity, capacity
 from edge_sdk.device.classes import DeviceClass, device_class
 from edge_sdk.errors import BaseModelError, ConfigError
 from edge_sdk.planning.cost import peak_mb
@@ -33,12 +34,9 @@ _WAYS = {
 _SHOWN = "outputs, 8 bits"
 """What FedQuad trains with: its frontier is shown whole."""
 
-_LEFT = 0.75
-"""Of a memory of which no figure says what the system itself takes: so much is reckoned with."""
 _ACHIEVED = 0.25
 """Of an accelerator's stated peak, what training reaches. An assumption: a probe replaces it."""
-_CONTEXT_MB = 500.0
-"""What CUDA itself takes of a GPU's memory."""
+_MEASURED = "give --gflops, which edge-agent profile measures"
 
 
 @dataclass(frozen=True)
@@ -58,6 +56,8 @@ class Asked:
     base_precision: str
     up_mbps: float | None
     down_mbps: float | None
+    power_mode: str | None = None
+    """Of the device class, by its vendor's name."""
 
 
 @dataclass(frozen=True)
@@ -67,19 +67,25 @@ class _Room:
     memory_mb: float
     source: str
     on_gpu: bool = False
+    """It is a GPU's own memory, less what CUDA takes."""
 
 
 def show_plan(asked: Asked, *, as_json: bool) -> None:
     """Raises ConfigError and BaseModelError for what cannot be planned, with what to do."""
     board = None if asked.device_class is None else device_class(asked.device_class)
+    if board is None and asked.power_mode is not None:
+        raise ConfigError(
+            f'no device class has the power mode "{asked.power_mode}"', "name one with --device-class"
+        )
+    has = None if board is None else capacity(board, asked.power_mode)
     config = _config(asked.model)
     task = asked.task or _task_of(config)
     lora = LoraShape(rank=asked.rank, alpha=2.0 * asked.rank)
     shape = shape_of(config, task=task, labels=asked.labels, lora=lora)
-    room = _room(asked, board)
-    gflops, paced = _pace(asked, board)
+    room = _room(asked, board, has)
+    gflops, paced = _pace(asked, board, has)
     base_mb = held_base_bytes(shape, asked.base_precision) / 1e6
-    rest_mb = base_mb + (_CONTEXT_MB if room.on_gpu else prices().process_mb)
+    rest_mb = base_mb + (0.0 if room.on_gpu else prices().process_mb)
     reference = Setting(
         depth=1, levers=Levers(recompute="outputs"), micro_batch=asked.batch, max_length=asked.length,
         base_precision=asked.base_precision,
@@ -101,10 +107,12 @@ def show_plan(asked: Asked, *, as_json: bool) -> None:
         "parameters": shape.parameters,
         "task": task,
         "device_class": asked.device_class,
+        "power_mode": asked.power_mode,
         "runs_agent": None if board is None else board.runs_agent,
         "memory_mb": room.memory_mb,
         "memory_source": room.source,
         "rest_mb": round(rest_mb, 1),
+        "rest_source": _rest(room, board),
         "budget_mb": round(budget_mb, 1),
         "gflops": gflops,
         "time_source": paced,
@@ -148,44 +156,48 @@ def _task_of(config: dict[str, Any]) -> str:
     return "causal-lm" if str(kinds[0]).endswith(("ForCausalLM", "LMHeadModel")) else "classification"
 
 
-def _room(asked: Asked, board: DeviceClass | None) -> _Room:
+def _room(asked: Asked, board: DeviceClass | None, has: Capacity | None) -> _Room:
     if asked.memory_mb is not None:
         return _Room(asked.memory_mb, "given")
-    if board is None:
+    if board is None or has is None:
         raise ConfigError(
             "nothing says how much memory there is",
             "name a device with --device-class, or what the trainer may hold with --memory-mb",
         )
-    if board.accelerator_memory_mb is not None:
-        return _Room(
-            board.accelerator_memory_mb.value, "the accelerator's own memory, as stated", on_gpu=True
-        )
-    if board.visible_mb is not None and board.idle_mb is not None:
-        return _Room(board.visible_mb.value - board.idle_mb.value, "what an idle board of the kind has left")
-    if board.memory_mb is None:
+    if has.memory_mb is None:
         raise ConfigError(
             f"the device class {board.name} states no memory: no figure holds for all of its kind",
             "say with --memory-mb what the trainer may hold",
         )
-    text = f"{_LEFT:.0%} of the memory stated: no figure tells what the system itself takes"
-    return _Room(_LEFT * board.memory_mb.value, text)
+    return _Room(has.memory_mb, has.memory_how, on_gpu=board.accelerator_memory_mb is not None)
 
 
-def _pace(asked: Asked, board: DeviceClass | None) -> tuple[float | None, str]:
+def _rest(room: _Room, board: DeviceClass | None) -> str:
+    """What the trainer holds at rest, in words."""
+    if room.on_gpu:
+        return "the base"
+    told = f"the base, and {prices().process_mb:.0f} MB of the process"
+    if board is not None and board.shared_memory and board.accelerator is not None:
+        told += "; what CUDA takes of shared memory is not known here"
+    return told
+
+
+def _pace(asked: Asked, board: DeviceClass | None, has: Capacity | None) -> tuple[float | None, str]:
     """Giga floating point operations a second, and where the figure comes from; None: no seconds are told."""
     if asked.gflops is not None:
         return asked.gflops, "given"
-    half = asked.base_precision in ("bf16", "fp16")
-    for figure in (None if board is None else (board.fp16_tflops if half else board.fp32_tflops),):
-        if figure is not None:
-            return (
-                1000 * _ACHIEVED * figure.value,
-                f"{_ACHIEVED:.0%} of the accelerator's stated peak, assumed",
-            )
-    return None, (
-        "seconds are not told: "
-        + ("no device class is named" if board is None else f"{board.name} states no throughput for this")
-        + "; give --gflops, which edge-agent profile measures"
+    if board is None or has is None:
+        return None, f"seconds are not told: no device class is named; {_MEASURED}"
+    half = (
+        asked.base_precision in ("bf16", "fp16") and has.fp16_tflops is not None and asked.power_mode is None
+    )
+    peak, how = (has.fp16_tflops, "stated") if half else (has.fp32_tflops, has.fp32_how)
+    if peak is None:
+        why = next((text.partition(": ")[2] for text in has.absent if text.startswith("fp32_tflops")), "")
+        return None, f"seconds are not told: of {board.name} there is {why}; {_MEASURED}"
+    kind = "fp16" if half else "fp32"
+    return 1000 * _ACHIEVED * peak, (
+        f"{_ACHIEVED:.0%}, assumed, of the accelerator's peak in {kind}: {peak:g} TFLOPS, {how}"
     )
 
 
@@ -202,11 +214,13 @@ def _least_mb(fit: Fit, shape: ModelShape, lora: LoraShape, reference: Setting) 
 
 def _lines(told: dict[str, Any], board: DeviceClass | None, asked: Asked) -> list[str]:
     where = "this memory" if board is None else board.title
+    where += "" if asked.power_mode is None else f" in mode {asked.power_mode}"
     lines = [
         f"ESTIMATE: {told['model']}, {told['layers']} layers, {told['parameters'] / 1e6:.0f} M weights "
         f"in {asked.base_precision}, {told['task']}, batch {asked.batch}, length {asked.length}, on {where}",
-        f"memory    {told['memory_mb']:.0f} MB ({told['memory_source']}); at rest {told['rest_mb']:.0f}; "
-        f"to train with {told['budget_mb']:.0f}, of which predictions fill nine tenths",
+        f"memory    {told['memory_mb']:.0f} MB: {told['memory_source']}",
+        f"at rest   {told['rest_mb']:.0f} MB: {told['rest_source']}",
+        f"to train  {told['budget_mb']:.0f} MB, of which predictions fill nine tenths",
         f"time      {told['time_source']}",
     ]
     if board is not None and board.runs_agent != "native":

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
 
 from edge_sdk.cli.planning import Asked, show_plan
+from edge_sdk.device.capacity import capacity
+from edge_sdk.device.classes import device_class
 from edge_sdk.errors import BaseModelError, ConfigError
 from edge_sdk.planning.cost import peak_mb
 from edge_sdk.planning.fitting import estimate
 from edge_sdk.planning.frontier import Round, frontier
 from edge_sdk.planning.shapes import held_base_bytes, shape_of
+from edge_sdk.planning.work import prices
 from edge_sdk.protocol.model import LoraShape
 from edge_sdk.protocol.spec import Levers, Setting
 
@@ -144,3 +148,31 @@ def test_without_figures_there_are_reasons(tmp_path: Path, capsys: pytest.Captur
     with pytest.raises(BaseModelError, match="is not JSON") as told_why:
         show_plan(Asked(**{**vars(ASKED), "model": tmp_path / "cut.json", "memory_mb": 1.0}), as_json=False)
     assert "config.json" in told_why.value.hint
+
+
+def told_of(capsys: pytest.CaptureFixture[str], model: Path, **asked: object) -> dict[str, Any]:
+    show_plan(Asked(**{**vars(ASKED), "model": model, **asked}), as_json=True)
+    told: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return told
+
+
+def test_a_class_counts_as_everywhere_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Memory and peak are those of ``device.capacity``; CUDA's part of a GPU's memory is taken off once."""
+    (tmp_path / "config.json").write_text(json.dumps(ROBERTA))
+    base_mb = held_base_bytes(shape_of(ROBERTA), "fp32") / 1e6
+    for name, own in (("jetson-agx-orin-32gb", False), ("raspberry-pi-4", False), ("laptop-rtx-4060", True)):
+        told, has = told_of(capsys, tmp_path, device_class=name), capacity(device_class(name))
+        assert (told["memory_mb"], told["memory_source"]) == (has.memory_mb, has.memory_how)
+        assert told["rest_mb"] == pytest.approx(base_mb + (0 if own else prices().process_mb), abs=0.1)
+        assert (told["gflops"] is None) == (has.fp32_tflops is None)
+    board = device_class("jetson-agx-orin-64gb")
+    fast = told_of(capsys, tmp_path, device_class=board.name)
+    slow = told_of(capsys, tmp_path, device_class=board.name, power_mode="MODE_15W")
+    peak = capacity(board, "MODE_15W").fp32_tflops
+    assert peak is not None and slow["gflops"] == pytest.approx(250 * peak)
+    steps = [told["ways"]["outputs, 8 bits"][0]["step_s"] for told in (fast, slow)]
+    assert steps[1] / steps[0] == pytest.approx(fast["gflops"] / slow["gflops"], rel=0.01)
+    with pytest.raises(ConfigError, match="no power mode"):
+        told_of(capsys, tmp_path, device_class=board.name, power_mode="60W")
+    with pytest.raises(ConfigError, match="--device-class"):
+        told_of(capsys, tmp_path, memory_mb=1000.0, power_mode="MODE_15W")
