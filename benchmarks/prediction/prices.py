@@ -1,20 +1,34 @@
 """Makes ``edge_sdk/planning/prices.toml``: what each counted thing costs on this machine.
 
-``python -m benchmarks.prediction.prices``: each price is the least of many short repeats of that thing alone,
-so that it needs no quiet machine; what a call costs besides is what small steps of a whole model take more.
+``python -m benchmarks.prediction.prices`` writes it; with ``--show`` it prints what it measured beside what
+is shipped, and writes nothing. Most prices are the least of many short repeats of that thing alone, so that
+they need no quiet machine. The others are of a whole model that computes next to nothing, trained by the
+trainer's own loop: what a layer's call takes besides its arithmetic, what a process holds besides the base,
+and what a training takes whatever its size.
 """
 
 from __future__ import annotations
 
+import math
+import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from benchmarks.prediction.run import setting_of
 from benchmarks.processes import emit, measure
 from benchmarks.results import machine
+from edge_sdk.planning.cost import peak_mb
+from edge_sdk.planning.fitting import estimate
+from edge_sdk.planning.shapes import held_base_bytes
+from edge_sdk.planning.work import Prices, counts, prices
+from edge_sdk.protocol.model import LoraShape, ModelShape
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -25,6 +39,7 @@ __all__ = ["main", "run"]
 
 FOLDER = Path(__file__).parent
 DATA = FOLDER.parents[1] / "edge_sdk" / "planning" / "prices.toml"
+OF_SMALL = ("seconds.call", "seconds.tuned", "process_mb", "fixed_mb")
 
 
 def least(work: Callable[[], Any], repeats: int) -> float:
@@ -42,7 +57,6 @@ def run(what: dict[str, Any]) -> None:
     from torch.nn import functional
 
     from edge_sdk.training.activations import kernels
-    from edge_sdk.training.memory import read_status
 
     repeats = what["repeats"]
     torch.manual_seed(0)
@@ -81,7 +95,6 @@ def run(what: dict[str, Any]) -> None:
     drawn = 1e9 * packed(8, composed=True, stochastic=True) - composed["8"]
     emit(
         gflops=flops / product / 1e9,
-        process_mb=read_status()["VmRSS"],
         seconds={
             "linear": 1e9 * linear,
             "weight": 1e9 * max(0.0, thin - 8 * 2 * width * inner * linear) / (4 * width * inner),
@@ -98,25 +111,107 @@ def run(what: dict[str, Any]) -> None:
     )
 
 
-def main() -> None:
-    config = tomllib.loads((FOLDER / "config.toml").read_text(encoding="utf-8"))
-    (found,) = measure("benchmarks.prediction.prices", config["prices"], threads=config["prices"]["threads"])
-    seconds = {**found["seconds"], **config["prices"]["calls"]}
-    about, alone = machine(), config["prices"]["threads"]
+def small_settings(layers: int) -> list[dict[str, Any]]:
+    """One layer tuned, and all of them, in the plainest way."""
+    about = {
+        "quantized": 0, "bits": 8, "recompute": "none", "rounding": "nearest", "batch": 1, "length": 8,
+        "factors": "AB", "optimizer": "adamw",
+    }  # fmt: skip
+    return [{"depth": depth, **about} for depth in (1, layers)]
+
+
+def of_small(rows: list[dict[str, Any]], lora: LoraShape, known: Prices) -> dict[str, float]:
+    """``seconds.call``, ``seconds.tuned``, ``process_mb`` and ``fixed_mb`` from visits of the small settings.
+
+    A step of depth d over L layers takes, beyond what its counted work costs at the ``known`` prices,
+    L · call + d · tuned: two depths tell both. Each is the least of its repeats, and not below 0.
+    """
+    told = next(row for row in rows if row["kind"] == "shape")
+    shape = msgspec.convert(told["shape"], ModelShape)
+    beyond: dict[int, float] = {}
+    fixed: list[float] = []
+    for row in rows:
+        if row["kind"] != "visit":
+            continue
+        setting = setting_of(row["setting"])
+        forward, layer, _ = counts(shape, lora, setting)
+        forward["call"] = layer["tuned"] = 0.0
+        more = row["step_s"] - known.of(forward) - setting.depth * known.of(layer)
+        beyond[setting.depth] = min(more, beyond.get(setting.depth, math.inf))
+        counted_mb = peak_mb(estimate(shape, lora, setting), shape, lora, setting) - known.fixed_mb
+        fixed.append(row["peak_mb"] - counted_mb)
+    tuned = max(0.0, (beyond[shape.layers] - beyond[1]) / (shape.layers - 1))
+    return {
+        "seconds.call": 1e9 * max(0.0, (beyond[1] - tuned) / shape.layers),
+        "seconds.tuned": 1e9 * tuned,
+        "process_mb": told["rest_mb"] - held_base_bytes(shape, "fp32") / 1e6,
+        "fixed_mb": max(0.0, statistics.median(fixed)),
+    }
+
+
+def measured(config: dict[str, Any]) -> dict[str, float]:
+    """Every price by its place in the file."""
+    threads, small = config["threads"], config["small"]
+    (alone,) = measure("benchmarks.prediction.prices", config, threads=threads)
+    found = {
+        "gflops": alone["gflops"],
+        **{f"seconds.{name}": value for name, value in alone["seconds"].items()},
+    }
+    for kernel, table in alone["packing"].items():
+        found |= {f"packing.{kernel}.{form}": value for form, value in table.items()}
+    lora = LoraShape(rank=8)
+    what = {
+        "model": "small", "shape": small, "batch": 1, "length": 8, "rank": lora.rank, "threads": threads,
+        "probe": False, "repeats": config["small_repeats"],
+        "settings": small_settings(small["num_hidden_layers"]),
+    }  # fmt: skip
+    rows = list(measure("benchmarks.prediction.measure", what, threads=threads))
+    known = replace(prices(), seconds={**prices().seconds, **alone["seconds"]})
+    return found | of_small(rows, lora, known)
+
+
+def table(shipped: Prices, found: Mapping[str, float]) -> list[str]:
+    """Measured beside shipped, and where that is from."""
+    lines = [f"{'':<28}{'shipped':>11}{'measured':>11}{'ratio':>8}  shipped is"]
+    for place, value in shipped.all().items():
+        source, now = shipped.got[place], found.get(place)
+        cells = f"{'-':>11}{'-':>8}" if now is None else f"{now:>11.4g}{now / value if value else 0:>8.2f}"
+        lines.append(f"{place:<28}{value:>11.4g}{cells}  {source.how} {source.date}")
+    return lines
+
+
+def as_toml(found: Mapping[str, float], about: Mapping[str, Any], threads: int, repeats: int) -> str:
+    """The file of these prices, all of them measured today on this machine."""
     lines = [
-        "# Made by benchmarks/prediction/prices.py: seconds for 10^9 of each counted thing.",
-        f'made = "{datetime.now(timezone.utc):%Y-%m-%d}"',
-        f'machine = "{about["processor"]}, {alone} thread, torch {about["versions"]["torch"]}"',
-        f"gflops = {found['gflops']:.3g}",
-        f"process_mb = {config['prices']['process_mb']}",
-        f"fixed_mb = {config['prices']['fixed_mb']}",
-        "",
-        "[seconds]",
-        *(f"{name} = {value:.4g}" for name, value in seconds.items()),
+        "# Seconds for 10^9 of each counted thing. Made by `python -m benchmarks.prediction.prices`;",
+        "# with --show it prints them beside those that are shipped. Each price names its source.",
     ]
-    for kernel, table in found["packing"].items():
-        lines += ["", f"[packing.{kernel}]", *(f"{name} = {value:.4g}" for name, value in table.items())]
-    DATA.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    sections: dict[str, list[str]] = {}
+    for place, value in found.items():
+        section, _, name = place.rpartition(".")
+        source = "small-steps" if place in OF_SMALL else "alone"
+        sections.setdefault(section, []).append(f'{name} = {{ value = {value:.4g}, source = "{source}" }}')
+    lines += sections.pop("")
+    for section, members in sections.items():
+        lines += ["", f"[{section}]", *members]
+    on = f"{about['processor']}, {threads} thread, torch {about['versions']['torch']}"
+    today = f"{datetime.now(timezone.utc):%Y-%m-%d}"
+    by = "benchmarks/prediction/prices.py, "
+    for name, how in (("alone", f"each thing alone, the least of {repeats} repeats"),
+                      ("small-steps", "small steps of a whole model")):  # fmt: skip
+        lines += ["", f"[sources.{name}]", 'how = "measured"', f'by = "{by}{how}"', f'date = "{today}"',
+                  f'on = "{on}"']  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    config = tomllib.loads((FOLDER / "config.toml").read_text(encoding="utf-8"))["prices"]
+    found = measured(config)
+    for line in table(prices(), found):
+        print(line)
+    if "--show" in sys.argv[1:]:
+        return
+    DATA.write_text(as_toml(found, machine(), config["threads"], config["repeats"]), encoding="utf-8")
     print(f"wrote {DATA}")
 
 

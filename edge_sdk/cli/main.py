@@ -167,7 +167,9 @@ def quantize_base(
 
 @app.command()
 def plan(
-    model: Annotated[Path, typer.Option("--model", help="The model's config.json, or its folder.")],
+    model: Annotated[
+        Path | None, typer.Option("--model", help="The model's config.json, or its folder.")
+    ] = None,
     device_class: Annotated[
         str | None, typer.Option("--device-class", help="One of edge-agent device-classes.")
     ] = None,
@@ -193,11 +195,19 @@ def plan(
     ] = HeldIn.fp32,
     up_mbps: Annotated[float | None, typer.Option("--up-mbps", min=0.001, help="The link's rate up.")] = None,
     down_mbps: Annotated[float | None, typer.Option("--down-mbps", min=0.001, help="And down.")] = None,
+    prices: Annotated[
+        bool, typer.Option("--show-prices", help="What estimates reckon with and where that is from.")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """What of a model would fit on a device class: an estimate, before anything is downloaded or probed."""
-    from edge_sdk.cli.planning import Asked, show_plan
+    from edge_sdk.cli.planning import Asked, show_plan, show_prices
 
+    if prices:
+        show_prices(as_json=json)
+        return
+    if model is None:
+        raise typer.BadParameter("name a model's config.json, or its folder", param_hint="--model")
     asked = Asked(
         model=model, device_class=device_class, memory_mb=memory_mb, gflops=gflops,
         task=None if task is None else task.value, labels=labels, batch=batch, length=length, rank=rank,

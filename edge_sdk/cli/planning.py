@@ -22,7 +22,7 @@ from edge_sdk.protocol.measure import Fit
 from edge_sdk.protocol.model import LoraShape, ModelShape
 from edge_sdk.protocol.spec import Levers, Setting
 
-__all__ = ["Asked", "show_plan"]
+__all__ = ["Asked", "show_plan", "show_prices"]
 
 _WAYS = {
     "plain": (Levers(), False),
@@ -124,6 +124,24 @@ def show_plan(asked: Asked, *, as_json: bool) -> None:
         return
     for line in _lines(told, board, asked):
         typer.echo(line)
+
+
+def show_prices(*, as_json: bool) -> None:
+    """What estimates reckon with, and where each price is from."""
+    table = prices()
+    if as_json:
+        told = {place: {"value": value, **asdict(table.got[place])} for place, value in table.all().items()}
+        typer.echo(json.dumps(told))
+        return
+    typer.echo("seconds for 10^9 of each; packing: of a value packed and unpacked, by kernel and bits")
+    sources = list(dict.fromkeys(table.got.values()))
+    for place, value in table.all().items():
+        source = table.got[place]
+        typer.echo(
+            f"{place:<28}{value:>10.4g}  {source.how:<8}  {source.date}  ({sources.index(source) + 1})"
+        )
+    for number, source in enumerate(sources, 1):
+        typer.echo(f"({number}) {source.by}{f'; on {source.on}' if source.on else ''}")
 
 
 def _told(point: Point, gflops: float | None) -> dict[str, Any]:

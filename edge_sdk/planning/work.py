@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib import resources
+from typing import Any, Literal
 
 from edge_sdk.planning.memory import Targets, kept_values
 from edge_sdk.protocol.model import LoraShape, ModelShape
@@ -22,10 +23,20 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["FORWARD", "Prices", "Worked", "counts", "prices", "worked"]
+__all__ = ["FORWARD", "PriceSource", "Prices", "Worked", "counts", "prices", "read_prices", "worked"]
 
 _GIGA = 1e9
 Counts = dict[str, float]
+
+
+@dataclass(frozen=True)
+class PriceSource:
+    """Where a price is from: measured ``by`` a benchmark on a day, ``on`` a machine; or taken ``by`` whom."""
+
+    how: Literal["measured", "taken"]
+    by: str
+    date: str
+    on: str = ""
 
 
 @dataclass(frozen=True)
@@ -33,16 +44,16 @@ class Prices:
     """Seconds for 10^9 of each; ``packing``: of packing a value and unpacking it again, by kernel and bits.
 
     ``gflops``: what the machine does at best in a large product; ``process_mb``: what a trainer holds at rest
-    besides the base's weights; ``fixed_mb``: what a training takes whatever its size.
+    besides the base's weights; ``fixed_mb``: what a training takes whatever its size. ``got``: where each is
+    from, by its place in the file, as ``seconds.linear``.
     """
 
-    made: str
-    machine: str
     seconds: Mapping[str, float]
     packing: Mapping[str, Mapping[str, float]]
     gflops: float
     process_mb: float
     fixed_mb: float
+    got: Mapping[str, PriceSource]
 
     def of(self, counts: Mapping[str, float]) -> float:
         return sum(self.seconds[name] * count for name, count in counts.items()) / _GIGA
@@ -53,11 +64,46 @@ class Prices:
         extra = self.packing["composed"]["stochastic"] if rounding == "stochastic" else 0.0
         return (table[str(bits)] + extra) / _GIGA
 
+    def all(self) -> dict[str, float]:
+        """Every price by its place in the file."""
+        return {
+            **{name: getattr(self, name) for name in _ALONE},
+            **{f"seconds.{name}": price for name, price in self.seconds.items()},
+            **{f"packing.{kernel}.{form}": price
+               for kernel, table in self.packing.items() for form, price in table.items()},
+        }  # fmt: skip
+
+
+_ALONE = ("gflops", "process_mb", "fixed_mb")
+
 
 @cache
 def prices() -> Prices:
-    text = resources.files("edge_sdk.planning").joinpath("prices.toml").read_text(encoding="utf-8")
-    return Prices(**tomllib.loads(text))
+    """Those that are shipped."""
+    return read_prices(
+        resources.files("edge_sdk.planning").joinpath("prices.toml").read_text(encoding="utf-8")
+    )
+
+
+def read_prices(text: str) -> Prices:
+    """Each price is a table of its ``value`` and the name of its ``source``; KeyError for one without."""
+    told = tomllib.loads(text)
+    sources = {name: PriceSource(**about) for name, about in told.pop("sources").items()}
+    got: dict[str, PriceSource] = {}
+
+    def value(place: str, price: Mapping[str, Any]) -> float:
+        got[place] = sources[price["source"]]
+        return float(price["value"])
+
+    return Prices(
+        seconds={name: value(f"seconds.{name}", price) for name, price in told["seconds"].items()},
+        packing={
+            kernel: {form: value(f"packing.{kernel}.{form}", price) for form, price in table.items()}
+            for kernel, table in told["packing"].items()
+        },
+        got=got,
+        **{name: value(name, told[name]) for name in _ALONE},
+    )
 
 
 @dataclass(frozen=True)
