@@ -8,13 +8,10 @@ highest figure, above what is allocated at rest.
 from __future__ import annotations
 
 import logging
-import math
-import re
 import resource
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from edge_sdk.training.allocator import allocator_kind, cap_heap, trim
@@ -65,10 +62,11 @@ class Meter:
 def limit_growth(device: Any, growth_mb: float | None) -> None:
     """From now on this process may hold ``growth_mb`` more than it does; None lifts the limit.
 
-    CPU: the soft RLIMIT_DATA becomes what the process holds of its own (RssAnon), plus what it has mapped
-    writable and not touched (``_untouched_mb``), plus the growth; beyond it mmap, mprotect and brk fail, and
-    torch raises. What is mapped and untouched can still become resident, so the caller compares VmHWM with
-    the limit after every step as well. tcmalloc has a limit of its own on what it holds: set too, and exact.
+    CPU: the soft RLIMIT_DATA becomes what the process has mapped writable (VmData), plus the growth; beyond
+    it mmap, mprotect and brk fail, and torch raises. Some of what is mapped is not resident, holes of the
+    heap above all, and can become so: this stops a growth that nobody looks at, and who must be exact
+    compares VmHWM with the limit, as the engine does between layers. An allocator fills few of its holes
+    and makes new ones, hence ``_pieces_mb``; tcmalloc has a limit of its own on what it holds, set as well.
     CUDA: a cap on torch's caching allocator.
     """
     if device.type == "cuda":
@@ -78,69 +76,20 @@ def limit_growth(device: Any, growth_mb: float | None) -> None:
         torch.cuda.set_per_process_memory_fraction(share, device)
         return
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    capped = cap_heap(growth_mb)
-    status = read_status()
-    untouched = _untouched_mb(status)
+    cap_heap(growth_mb)
     if growth_mb is None:
         resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
         return
-    mapped = status["VmData"] if capped else status["RssAnon"] + untouched
-    slack = _FRAGMENTS * growth_mb if allocator_kind() == "mimalloc" else 0.0
-    soft = int((mapped + growth_mb + slack) * _MB)
+    soft = int((read_status()["VmData"] + growth_mb + _pieces_mb(growth_mb)) * _MB)
     if hard != resource.RLIM_INFINITY:
         soft = min(soft, hard)
     resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
-_FRAGMENTS = 0.25
-"""Share of the growth that mimalloc may map beyond it: of the holes that it has, some are never filled, and
-a training that held 28 MB was refused at a growth of 36. Who fills them all is found out by VmHWM."""
-
-_least_untouched = [math.inf]
-
-
-def _untouched_mb(status: dict[str, float]) -> float:
-    """What is mapped writable, not touched, and not for the heap to fill: stacks, scratch of libraries.
-
-    The least that was seen: an allocator that keeps its address space (mimalloc) has more of it after every
-    deep training, and a limit on top of that would limit nothing.
-    """
-    untouched = status["VmData"] - status["RssAnon"] - _holes_mb()
-    _least_untouched[0] = min(_least_untouched[0], untouched)
-    return _least_untouched[0]
-
-
-def _holes_mb() -> float:
-    """What the heap has mapped writable and given back, in holes that a tensor fits: those it fills again.
-
-    The heap: what brk gave, and mimalloc's arenas, told by their name where the kernel keeps names, by the
-    addresses that mimalloc asks for where it does not.
-    """
-    page, pages = resource.getpagesize(), 0
-    try:
-        mappings = Path("/proc/self/maps").read_text().splitlines()
-        with Path("/proc/self/pagemap").open("rb", buffering=0) as stream:
-            for entry in filter(None, map(_MAPPING.match, mappings)):
-                start, end, name = int(entry["start"], 16), int(entry["end"], 16), entry["name"]
-                if name in ("[heap]", "[anon:mimalloc]") or (not name and start in _ARENA_ADDRESSES):
-                    stream.seek(start // page * 8)
-                    entries = np.frombuffer(stream.read((end - start) // page * 8), dtype=np.uint64)
-                    away = (entries >> np.uint64(62)) == 0  # neither in memory nor swapped out
-                    edges = np.diff(away.astype(np.int8), prepend=0, append=0)
-                    runs = np.flatnonzero(edges == -1) - np.flatnonzero(edges == 1)
-                    pages += int(runs[runs * page >= _HOLE_BYTES].sum())
-    except OSError as error:
-        _log.info("which pages are resident cannot be read (%s): the limit is less exact", error)
-    return pages * page / _MB
-
-
-_MAPPING = re.compile(r"(?P<start>[0-9a-f]+)-(?P<end>[0-9a-f]+) rw\S\S \S+ \S+ 0\s*(?P<name>.*)")
-_ARENA_ADDRESSES = range(2 << 40, 32 << 40)
-"""Between 2 and 32 TiB: the kernel places nothing there by itself."""
-_HOLE_BYTES = 3 << 20
-"""Smaller holes seldom take a tensor of training. MiniLM under mimalloc, 35 MB given back at rest, of which
-20 in such holes: training that holds 92 MB passes from a growth of 95 on; with all holes taken off from 110,
-with none from 60."""
+def _pieces_mb(growth_mb: float) -> float:
+    """What the heap may map beyond the growth. mimalloc's pages for large tensors are not used for small
+    ones, and batches of every length leave pieces: trainings that held 36 MB were refused at 56."""
+    return 16.0 + growth_mb if allocator_kind() == "mimalloc" else 0.0
 
 
 def is_out_of_memory(error: BaseException) -> bool:

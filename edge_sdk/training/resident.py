@@ -117,11 +117,13 @@ class Resident:
         return self._rows[key]
 
     def settle(self, setup: Setup) -> None:
-        """Measures the memory at rest and puts the setup's limit in force.
+        """Measures the memory at rest, where that is not known, and puts the setup's limit in force.
 
         Raises MemoryLimitError where the limit is below what the trainer holds at rest.
         """
         if self._settled and setup.memory_mb == self._limit_mb:
+            trim()
+            self._limit(self.growth_mb())  # counted on from what the heap has mapped by now
             return
         self._limit(None)
         self.rest_mb = Meter(self.device).rest_mb

@@ -18,13 +18,11 @@ import pytest
 
 pytest.importorskip("torch")
 
-from msgspec.structs import replace
 
 from benchmarks.memory_limits.cases import play, prepare
 from benchmarks.memory_limits.device import Device, describe, run_of
 from edge_sdk.agent.process_trainer import ProcessTrainer
 from edge_sdk.protocol.spec import Candidate
-from edge_sdk.protocol.trainer import Train, TrainerRequest
 from edge_sdk.protocol.wire import Choice, Status
 from edge_sdk.updates.initial import initial_adapter
 from edge_sdk.updates.versions import write_version
@@ -45,6 +43,7 @@ class Shelf:
         self.config, self.data = prepare(CASE, CONFIG, folder)
         trainer = ProcessTrainer(folder)
         known = describe(self.config, trainer, self.data)
+        self.mapped_mb = _held(trainer)["VmData"]  # before a deep training leaves holes in the heap
         self.run = run_of(self.config, known.shape, folder)
         self.version = folder / "version"
         write_version(
@@ -55,11 +54,7 @@ class Shelf:
         device = self.device(self.state, trainer)
         device.begin()
         assert device.until("agent.reported") is not None, device.events
-        assert trainer.pid is not None
-        lines = Path(f"/proc/{trainer.pid}/status").read_text().splitlines()
-        (own,) = [line.split()[1] for line in lines if line.startswith("RssAnon:")]
-        self.own_mb = int(own) * 1024 / 1e6
-        self.rest_mb = device.heard(Status)[-1].memory.rest_mb
+        self.own_mb = _held(trainer)["RssAnon"]
         device.close()
         trainer.close()
 
@@ -80,6 +75,12 @@ class Shelf:
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
     return Shelf(tmp_path_factory.mktemp("limits"))
+
+
+def _held(trainer: ProcessTrainer) -> dict[str, float]:
+    """Figures of the process, in MB."""
+    lines = Path(f"/proc/{trainer.pid}/status").read_text().splitlines()
+    return {line.split(":")[0]: int(line.split()[1]) * 1024 / 1e6 for line in lines if line.endswith(" kB")}
 
 
 def candidates(depths: tuple[int, ...]) -> tuple[Candidate, ...]:
@@ -111,23 +112,12 @@ def steps_down_and_remembers(device: Device, status: Status) -> list[str]:
     return [str(fields["message"]) for fields in failed]
 
 
-class Narrow(ProcessTrainer):
-    """Lets a training hold less than the agent reckons with; the process enforces it by RLIMIT_DATA."""
-
-    def __init__(self, folder: Path, memory_mb: float) -> None:
-        super().__init__(folder)
-        self._memory_mb = memory_mb
-
-    def request(self, request: TrainerRequest) -> None:
-        if isinstance(request, Train):
-            request = replace(request, setup=replace(request.setup, memory_mb=self._memory_mb))
-        super().request(request)
-
-
 def test_under_rlimit_data_a_smaller_candidate_is_trained_in_the_same_round(
     shelf: Shelf, tmp_path: Path
 ) -> None:
-    with closing(Narrow(tmp_path, shelf.rest_mb + ROOM_MB)) as trainer:
+    kib = int((shelf.mapped_mb + ROOM_MB) * 1e6) // 1024
+    limited = ("/bin/sh", "-c", 'ulimit -d "$0" && exec "$@"', str(kib), *WORKER)
+    with closing(ProcessTrainer(tmp_path, command=limited)) as trainer:
         (message,) = steps_down_and_remembers(*shelf.again(tmp_path / "state", trainer))
     assert "memory" in message
 

@@ -111,7 +111,7 @@ def _accounting(line: Accounting) -> Iterator[Finding]:
         yield Finding(
             id="memory-limit", level="warning",
             text=f"this kernel does not hold a process to a limit: {line.no_limit}; limits.memory_mb is "
-            "compared with what was used after each step only",
+            "compared with what was used between layers only",
             fix="install tcmalloc (Debian: libtcmalloc-minimal4), which limits itself",
         )  # fmt: skip
     else:
