@@ -18,6 +18,7 @@ from aggregator.participations import deepest_of
 from aggregator.planner.plan import RoundPlan, plan_round
 from aggregator.planner.utility import layer_utilities, read_utilities, write_utilities
 from aggregator.reception import Reception
+from aggregator.retention import prune
 from aggregator.round_port import Made
 from aggregator.rounds import Rounds
 from aggregator.scheduling.terms import terms_of
@@ -257,6 +258,10 @@ class Running:
 
     def round_over(self) -> None:
         self.uploads.keep_only({row.device for row in self.rounds.participations.awaited()})
+        if not self._config.storage.keep_versions:
+            gone = prune(self._store, self.run.run, self._clock.wall(), self.downloads.objects)
+            if gone:
+                self.emit("versions.pruned", versions=gone)
         self._objects.sweep(self._store.objects())
         self.save()
 
@@ -281,7 +286,7 @@ class Running:
 
     def _version_of(self, digest: str) -> VersionRow | None:
         versions = self._store.versions(self.run.run)
-        return next((version for version in versions if version.object == digest), None)
+        return next((version for version in versions if version.kept and version.object == digest), None)
 
     def _say(self, device: str, record: Record) -> bool:
         return self._server.publish(self._topics.reply(device), encode(record))

@@ -193,6 +193,11 @@ class Downloads:
         self._downloads: dict[tuple[str, str], _Download] = {}
         """By device and object."""
 
+    @property
+    def objects(self) -> set[str]:
+        """Digests of what is being fetched."""
+        return {digest for _, digest in self._downloads}
+
     def on_have(self, device: str, have: Have, now: float) -> None:
         """A device asks for an object or acknowledges chunks of it.
 

@@ -37,6 +37,7 @@ AGGREGATOR_PLACES = (
     "evaluation.come",
     "round.done",
     "round.next",
+    "versions.pruned",
     "round.swept",
     "run.finished",
 )
@@ -52,8 +53,9 @@ AGGREGATOR_PLACES = (
   has its name, no row. ``update.counted``: it has its row, no receipt was sent. ``update.receipted``: it was.
 - ``round.closed``: what counts is decided, nobody was told. ``merge.begun``: everybody was.
 - ``evaluation.begun``: the trainer was asked. ``evaluation.come``: it answered, nothing is written.
-- ``round.done``: all of the round is written. ``round.next``: so is the next round's row. ``round.swept``:
-  what nobody needs any more is gone. ``run.finished``: the run's end is a row.
+- ``round.done``: all of the round is written. ``round.next``: so is the next round's row.
+  ``versions.pruned``: so is which versions nobody needs any more, their files are there. ``round.swept``:
+  these and all else that nobody needs are gone. ``run.finished``: the run's end is a row.
 """
 
 AGENT_PLACES = (

@@ -221,9 +221,11 @@ def show_rounds(path: Path, *, as_json: bool) -> None:
         )
 
 
-def show_versions(path: Path, *, as_json: bool) -> None:
+def show_versions(path: Path, *, pruned: bool, as_json: bool) -> None:
+    """``pruned``: those too of which nothing but their row is left."""
     with looking(path) as look:
-        versions = look.store.versions(look.run.run)
+        known = look.store.versions(look.run.run)
+    versions = [row for row in known if pruned or row.kept]
     rows = [{name: value for name, value in asdict(row).items() if name != "run"} for row in versions]
     if as_json:
         typer.echo(json.dumps(rows))
@@ -239,6 +241,7 @@ def show_versions(path: Path, *, as_json: bool) -> None:
             "kB",
             "object",
             "delta to",
+            *(("kept",) if pruned else ()),
             "not evaluated",
         ),
         [
@@ -251,11 +254,14 @@ def show_versions(path: Path, *, as_json: bool) -> None:
                 row["bytes"] // 1000,
                 row["object"][:12],
                 row["parent"],
+                *(("no" if row["pruned_at"] else "yes",) if pruned else ()),
                 row["evaluation_error"],
             )
             for row in rows
         ],
     )
+    if len(known) > len(versions):
+        typer.echo(f"{len(known) - len(versions)} more were pruned: --all shows how well they did")
 
 
 def _taking_part(row: ParticipationRow) -> dict[str, Any]:

@@ -73,11 +73,17 @@ def rounds(config: ConfigOption = Path("run.toml"), json: JsonOption = False) ->
 
 
 @app.command()
-def versions(config: ConfigOption = Path("run.toml"), json: JsonOption = False) -> None:
-    """Every version of the global adapter, and how well it does."""
+def versions(
+    config: ConfigOption = Path("run.toml"),
+    pruned: Annotated[
+        bool, typer.Option("--all", help="Those too that were pruned: their rows, without their files.")
+    ] = False,
+    json: JsonOption = False,
+) -> None:
+    """The versions of the global adapter that are kept, and how well they do."""
     from aggregator.cli.looking import show_versions
 
-    show_versions(config, as_json=json)
+    show_versions(config, pruned=pruned, as_json=json)
 
 
 @app.command()

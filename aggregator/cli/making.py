@@ -11,7 +11,7 @@ import msgspec
 import typer
 
 from aggregator.cli.looking import Look, looking
-from aggregator.state.base import VersionRow, best_version
+from aggregator.state.base import VersionRow, best_version, chain_of
 from edge_sdk.errors import ContainerError, StateError
 from edge_sdk.protocol.wire import Announce, Run
 from edge_sdk.transport.objects import ObjectStore, file_digest
@@ -29,12 +29,7 @@ def export_version(
     with looking(config) as look:
         versions = look.store.versions(look.run.run)
         chosen, why = pick_version(versions, wanted)
-        by_number = {version.number: version for version in versions}
-        chain: list[VersionRow] = []
-        at: int | None = chosen.number
-        while at is not None:
-            chain.insert(0, by_number[at])
-            at = by_number[at].parent
+        chain = chain_of(versions, chosen.number)
         from aggregator.export import export_merged, export_peft
 
         run = msgspec.json.decode(look.run.record, type=Run)

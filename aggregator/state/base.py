@@ -85,6 +85,12 @@ class VersionRow:
     """What each layer is worth after this version's merge, as JSON, from the input up; None: alike."""
     optimizer: str | None = None
     """Of the server optimizer: the objects of its state after this version, by name, as JSON."""
+    pruned_at: float | None = None
+    """Wall time at which its file was given up, as nobody needed it any more; None: it is kept."""
+
+    @property
+    def kept(self) -> bool:
+        return self.pruned_at is None
 
     @property
     def score(self) -> str:
@@ -116,13 +122,22 @@ def best_version(versions: Sequence[VersionRow]) -> VersionRow | None:
 
 
 def chain_of(versions: Sequence[VersionRow], number: int) -> list[VersionRow]:
-    """The versions to read, a full one first, to get version ``number``. Raises StateError for a gap."""
+    """The versions to read, a full one first, to get version ``number``.
+
+    Raises StateError for one that there is not, or not any more.
+    """
     known = {version.number: version for version in versions}
     chain: list[VersionRow] = []
     at: int | None = number
     while at is not None:
         if at not in known or len(chain) > len(known):
             raise StateError(f"version {number} refers to version {at}, which there is not")
+        if not known[at].kept:
+            kept = ", ".join(str(version.number) for version in versions if version.kept)
+            raise StateError(
+                f"version {at} was pruned: nobody needed it any more, and its file is gone",
+                f"kept are {kept}; storage.keep_versions in run.toml keeps all that are made from then on",
+            )
         chain.insert(0, known[at])
         at = known[at].parent
     return chain
@@ -336,8 +351,8 @@ class Store(Protocol):
     def ledger(self, run: str) -> Sequence[LedgerRow]: ...
 
     def objects(self) -> set[str]:
-        """Digests of what must be kept: all versions, the updates that no closed round has merged, and the
-        server optimizer's state after each run's newest version."""
+        """Digests of what must be kept: versions that are not pruned, the updates that no closed round has
+        merged, and the server optimizer's state after each run's newest version."""
         ...
 
     def close(self) -> None: ...

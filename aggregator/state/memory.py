@@ -154,7 +154,7 @@ class MemoryStore:
         kept = {digest for held in states for digest in held.values()}
         return (
             kept
-            | {row.object for row in self._versions.values()}
+            | {row.object for row in self._versions.values() if row.kept}
             | {
                 row.object
                 for row in self._participations.values()

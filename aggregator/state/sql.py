@@ -222,7 +222,7 @@ class SqlStore:
         with self.transaction():
             query = union(
                 needed.where(updates.c.state == "received", not_merged),
-                select(tables.versions.c.object),
+                select(tables.versions.c.object).where(tables.versions.c.pruned_at.is_(None)),
             )
             kept = set(self._connected.execute(query).scalars())
             return kept | self._optimizer_states()

@@ -38,7 +38,7 @@ __all__ = [
     "versions",
 ]
 
-SCHEMA = 6
+SCHEMA = 7
 """Version of the tables. A change raises it and appends a function to ``STEPS``."""
 
 metadata = MetaData()
@@ -79,6 +79,7 @@ versions = Table(
     Column("evaluation_error", Text),
     Column("utilities", Text),
     Column("optimizer", Text),
+    Column("pruned_at", Float(53)),
     ForeignKeyConstraint(["run"], ["runs.run"]),
 )
 
@@ -219,12 +220,17 @@ def _merges_go_on_without_what_is_bad(connection: Connection) -> None:
     connection.execute(text("ALTER TABLE participations ADD COLUMN set_aside TEXT"))
 
 
+def _versions_are_pruned(connection: Connection) -> None:
+    connection.execute(text("ALTER TABLE versions ADD COLUMN pruned_at FLOAT"))
+
+
 STEPS: dict[int, Callable[[Connection], None]] = {
     1: _evaluations_tell_more,
     2: _the_planner_learns,
     3: _updates_may_be_late,
     4: _merges_keep_state,
     5: _merges_go_on_without_what_is_bad,
+    6: _versions_are_pruned,
 }
 """From version n to n + 1: ``STEPS[n](connection)``."""
 

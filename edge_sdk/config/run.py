@@ -140,6 +140,8 @@ class TransferSection(Record, frozen=True, kw_only=True):
 class StorageSection(Record, frozen=True, kw_only=True):
     keep_free_mb: Annotated[float, msgspec.Meta(ge=0)] = 100.0
     """Below so much room on the state folder's disk (10^6 bytes) the rounds pause until there is more."""
+    keep_versions: bool = False
+    """Keep the files of all versions; otherwise those that nobody needs any more go after each round."""
 
 
 class MetricsSection(Record, frozen=True, kw_only=True):

@@ -228,6 +228,7 @@ path = <DATA>
 [storage]
 # keep_free_mb = 100       # below so much room (10^6 bytes) on state_dir's disk the rounds pause, and devices
 #                          # keep what they have, until there is more
+# keep_versions = false    # true: the files of all versions; else those that nobody needs any more go
 
 [metrics]
 # listen = "127.0.0.1:9464"  # where Prometheus reads metrics, in plain HTTP and without a password: keep it

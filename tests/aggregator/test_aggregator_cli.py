@@ -129,9 +129,15 @@ def test_devices_rounds_versions(world: World, command: Command) -> None:
     assert garden["state"] == "declined" and kitchen["state"] == "received"
     assert kitchen["train_s"] == 2.0 and kitchen["depth"] is not None and first["overhead_s"] is not None
 
-    assert "accuracy" in command("versions", "-c", config)[1]
-    versions = json.loads(command("versions", "-c", config, "--json")[1])
-    assert [one["number"] for one in versions] == [0, 1, 2]
+    listed = command("versions", "-c", config)[1]
+    assert "accuracy" in listed and "2 more were pruned" in listed
+    kept = json.loads(command("versions", "-c", config, "--json")[1])
+    assert [one["number"] for one in kept] == [2], "the newest, which is the best"
+    assert [line.split()[7] for line in command("versions", "-c", config, "--all")[1].splitlines()[1:]] == [
+        "no", "no", "yes"
+    ]  # fmt: skip
+    every = json.loads(command("versions", "-c", config, "--all", "--json")[1])
+    assert [one["number"] for one in every] == [0, 1, 2] and all(one["accuracy"] for one in every)
 
 
 def test_export(world: World, command: Command) -> None:
@@ -139,8 +145,10 @@ def test_export(world: World, command: Command) -> None:
     code, text, _ = command("export", "-c", config, "--out", str(out))
     assert code == 0 and "version 2" in text
     assert {path.name for path in out.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
-    told = json.loads(command("export", "-c", config, "--out", str(out), "--version", "1", "--json")[1])
-    assert told["version"] == 1
+    code, _, err = command("export", "-c", config, "--out", str(out), "--version", "1")
+    assert code == StateError.exit_code and "version 1 was pruned" in err and "kept are 2" in err
+    told = json.loads(command("export", "-c", config, "--out", str(out), "--version", "2", "--json")[1])
+    assert told["version"] == 2
     code, _, err = command("export", "-c", config, "--out", str(out), "--version", "9")
     assert code == StateError.exit_code and "no version 9" in err and "0 to 2" in err
 

@@ -34,9 +34,9 @@ def said_twice(device: FakeDevice, chance: random.Random) -> None:
 
 
 def a_run(folder: Path, schedule: str, places: tuple[str, ...] = (), seed: int | None = None) -> World:
-    """A run of six rounds, three devices and one that declines, killed at each of ``places`` in turn."""
+    """A run of seven rounds, three devices and one that declines, killed at each of ``places`` in turn."""
     world = World(
-        folder, total=6, min_devices=4, deadline_s=10_000.0, schedule=schedule,
+        folder, total=7, min_devices=4, deadline_s=10_000.0, schedule=schedule,
         buffer=3,
     )  # fmt: skip
     world.config = replace(world.config, transfer=replace(world.config.transfer, window=4))
@@ -79,7 +79,7 @@ def test_killed_at_every_place_the_run_ends_with_the_same_bytes(
 ) -> None:
     """A buffer of as many as deliver is a round: both schedules then merge the same updates."""
     world = a_run(tmp_path, schedule, AGGREGATOR_PLACES, seed=7)
-    assert versions(world) == undisturbed and len(undisturbed) == 7
+    assert versions(world) == undisturbed and len(undisturbed) == 8
     assert world.server is not None
     store = world.server._store
     for device in world.devices:
@@ -87,5 +87,5 @@ def test_killed_at_every_place_the_run_ends_with_the_same_bytes(
             row = store.participation("demo", receipt.round, device.name)
             assert row is not None and row.object == receipt.object and row.counts_in is not None
         rounds = {receipt.round for receipt in device.receipts}
-        assert rounds == (set() if device.decline else {1, 2, 3, 4, 5, 6}), "acknowledged, each once"
-    assert len([row for row in store.participations("demo") if row.state == "received"]) == 18
+        assert rounds == (set() if device.decline else {1, 2, 3, 4, 5, 6, 7}), "acknowledged, each once"
+    assert len([row for row in store.participations("demo") if row.state == "received"]) == 21

@@ -15,7 +15,7 @@ from aggregator.participations import Participations
 from aggregator.rounds import Rounds
 from aggregator.running import Running
 from aggregator.state.base import RoundRow, Store
-from edge_sdk.config.run import RunBaseSection
+from edge_sdk.config.run import RunBaseSection, StorageSection
 from edge_sdk.errors import BaseModelError, BrokerError, CredentialsError, StateError
 from edge_sdk.protocol.trainer import Describe, Evaluate, Progress
 from edge_sdk.protocol.wire import Choice, RoundPosition
@@ -25,7 +25,13 @@ from edge_sdk.updates.versions import read_adapter
 
 @pytest.fixture
 def world(tmp_path: Path) -> World:
-    return World(tmp_path)
+    return with_all_versions(World(tmp_path))
+
+
+def with_all_versions(world: World) -> World:
+    """Also those that nobody needs any more: these tests look at what each round made."""
+    world.config = replace(world.config, storage=StorageSection(keep_versions=True))
+    return world
 
 
 def rounds_of(world: World) -> Rounds:
@@ -117,7 +123,7 @@ def test_more_rounds_go_on(world: World) -> None:
 
 
 def test_waits_for_min_devices(tmp_path: Path) -> None:
-    world = World(tmp_path, min_devices=2)
+    world = with_all_versions(World(tmp_path, min_devices=2))
     world.open()
     first = world.device("one")
     world.pump()

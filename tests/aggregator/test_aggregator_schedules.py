@@ -15,12 +15,14 @@ from aggregator.rounds import Rounds
 from aggregator.scheduling.lot import Lot
 from aggregator.scheduling.selection import Applicant, Uniform
 from aggregator.state.base import Store
+from edge_sdk.config.run import StorageSection
 from edge_sdk.updates.versions import read_adapter
 
 
 def a_world(folder: Path, **rounds: Any) -> World:
     world = World(folder, **{"deadline_s": 100.0, **rounds})
-    world.config = replace(world.config, evaluation=None)
+    storage = StorageSection(keep_versions=True)  # for tests that look at what each round made
+    world.config = replace(world.config, evaluation=None, storage=storage)
     return world
 
 

@@ -174,7 +174,7 @@ def test_containers_refused_before_they_count(
     assert refusal.reason == reason and told in refusal.message
     assert world.last("round.empty")["round"] == 1, "nothing more is waited for"
     assert world.server is not None
-    objects = {version.object for version in world.server._store.versions("demo")}
+    objects = {version.object for version in world.server._store.versions("demo") if version.kept}
     assert set(world.server._objects.digests()) == objects
 
 
