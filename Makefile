@@ -39,8 +39,12 @@ install: $(VENV)/.installed
 demo: install
 	@$(BIN)/python -m examples.demo $(DEMO_ARGS)
 
+# First all that may run side by side, each on one core; then what needs the machine for itself.
+# 5: none of the tests that were asked for is of this stage.
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --stage beside -n 2 --dist loadfile $(PYTEST_ARGS); beside=$$?; \
+	$(BIN)/python -m pytest --stage alone $(PYTEST_ARGS); alone=$$?; \
+	case "$$beside $$alone" in "0 0"|"0 5"|"5 0") ;; *) exit 1;; esac
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -27,7 +27,7 @@ from edge_sdk.protocol.wire import Choice, Status
 from edge_sdk.updates.initial import initial_adapter
 from edge_sdk.updates.versions import write_version
 
-pytestmark = pytest.mark.train
+pytestmark = [pytest.mark.train, pytest.mark.alone]
 
 WORKER = (sys.executable, "-m", "edge_sdk.training.worker")
 CONFIG = {"vocabulary": 300, "lengths": [128], "steps": 3, "slack_mb": 2.0}

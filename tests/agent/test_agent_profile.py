@@ -28,6 +28,7 @@ from edge_sdk.transport.base import Connection, Inbound, Transport
 from edge_sdk.transport.memory import MemoryBroker, MemoryTransport
 from edge_sdk.transport.mqtt import MqttTransport
 
+pytestmark = pytest.mark.alone
 NAMESPACE = "profile"
 THROUGHPUT = Throughput(
     device="cpu", name="Some CPU", at=5.0, gflops={"fp32": 40.0}, gb_s={"copy": 9.5}, spread={"fp32": 0.25},

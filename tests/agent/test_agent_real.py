@@ -31,7 +31,7 @@ from edge_sdk.protocol.trainer import Describe, Described, Died, Failed, Setup
 from edge_sdk.protocol.wire import Choice, Run, Status, VersionRef
 from edge_sdk.transport.mqtt import MqttTransport
 
-pytestmark = pytest.mark.train
+pytestmark = [pytest.mark.train, pytest.mark.alone]
 LORA = LoraShape(rank=2, alpha=4.0)
 LABELS = ("colour", "number")
 LENGTH, BATCH = 16, 4

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+
 from edge_sdk.agent.doctor.checkup import run_checkup
 from edge_sdk.protocol.checkup import Accounting, Decoding, Kernel, Packing, StepFailed, Versions
 from edge_sdk.training.checkup import not_limited
+
+pytestmark = pytest.mark.alone
 
 
 def test_everything_that_training_needs_is_tried() -> None:

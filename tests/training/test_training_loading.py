@@ -232,6 +232,7 @@ for word in ("int8", "fp32"):
 """
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_loading_takes_what_stays_and_one_tensor(bases: dict[Any, Path], tmp_path: Path) -> None:
     """A base of 84 MB in fp32, whose largest tensor takes 17."""

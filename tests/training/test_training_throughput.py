@@ -8,7 +8,7 @@ import sys
 import pytest
 
 torch = pytest.importorskip("torch")
-pytestmark = pytest.mark.train
+pytestmark = [pytest.mark.train, pytest.mark.alone]
 
 from edge_sdk.protocol.trainer import Measure, Progress, Timed, TrainerReply  # noqa: E402
 from edge_sdk.training import throughput  # noqa: E402

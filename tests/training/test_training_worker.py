@@ -17,7 +17,7 @@ import msgspec
 import pytest
 
 pytest.importorskip("torch")
-pytestmark = pytest.mark.train
+pytestmark = [pytest.mark.train, pytest.mark.alone]
 
 from edge_sdk.device.allocators import Allocator, find_allocator  # noqa: E402
 from edge_sdk.planning.cost import peak_mb  # noqa: E402

@@ -257,6 +257,7 @@ def test_a_stray_answer_changes_nothing() -> None:
     assert line.run().reasons == {}
 
 
+@pytest.mark.alone
 def test_through_a_broker(world: World, join: Callable[..., Peer]) -> None:
     topics = Topics(NAMESPACE)
     server = world.transport("aggregator")
