@@ -7,8 +7,8 @@ in what it reports.
 
 Memory is believed at once where it is more, and late where it is less: the correction is the highest of the
 last rounds, those before the first taken as predicted, and falls by a twentieth a round at most. Time is a
-moving average. Levers that were not tried count as the best of those that were, and never as better than
-predicted.
+moving average. Levers that were not tried count as the best of those that were, and of memory never as
+better than predicted.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def corrected(fit: Fit, lessons: Sequence[Lesson]) -> Fit:
             for one in lessons
         ),
         peak_factor=max(1.0, min(one.peak for one in lessons)),
-        step_factor=max(1.0, min(one.step for one in lessons)),
+        step_factor=min(one.step for one in lessons),
     )  # fmt: skip
 
 

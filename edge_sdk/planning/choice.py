@@ -220,7 +220,8 @@ def choose(
 
     The binding budget is the one whose relaxation alone admits a better candidate, the best one first; if no
     budget alone does, the most exceeded one of the next better candidate. The plain form of a candidate with
-    quantized layers counts as a better one, though an offer need not hold it: it is what more memory admits.
+    quantized layers counts as a better one, though an offer need not hold it and whatever the predicted
+    seconds: it is exact, and what more memory admits.
     """
     options = _options(candidates, fit, budgets, shape, lora, spec, down_bytes)
     if not options:
@@ -234,8 +235,13 @@ def choose(
         for o in options
         if o.candidate.quantized_layers
     ]
-    options += _options(plain, fit, budgets, shape, lora, spec, down_bytes)
-    binding, because = _binding([o for o in options if o.rank < best.rank and o.exceeds])
+    better = [o for o in options if o.rank < best.rank]
+    better += [
+        o
+        for o in _options(plain, fit, budgets, shape, lora, spec, down_bytes)
+        if o.rank < best.rank or (best.candidate.quantized_layers and o.candidate.gain >= best.candidate.gain)
+    ]
+    binding, because = _binding([o for o in better if o.exceeds])
     return Chosen(best.candidate, binding, best.time, _explain(because, budgets) if because else "")
 
 
