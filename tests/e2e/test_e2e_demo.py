@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,7 @@ def demo(out: Path, *words: str) -> Any:
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Beside it lie the other demos' folders: they share the file of rows that the first one makes."""
     return tmp_path_factory.mktemp("demo") / "run"
 
 
@@ -143,34 +146,68 @@ def test_the_exported_adapter_gives_the_live_models_logits(summary: Any, out: Pa
     assert float(ours.abs().max()) > 0.1
 
 
-def test_swapped_limits_swap_the_choices(summary: Any, tmp_path: Path) -> None:
-    before = choices(summary)
-    after = choices(demo(tmp_path / "swapped", "--rounds", "1", "--steps", "12", "--swap-limits"))
+# -- limits swapped, and how it ends ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Running:
+    """A demo at work, and everything that it started."""
+
+    out: Path
+    process: subprocess.Popen[str]
+    family: list[psutil.Process]
+
+    def said(self, device: str) -> list[Any]:
+        """Every event of a device so far. A line that is half written waits for the next time."""
+        path = self.out / "logs" / f"{device}.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def all_said(self, event: str, *devices: str) -> None:
+        """Until each of the devices has."""
+
+        def there() -> bool:
+            assert self.process.poll() is None, self.process.communicate()[1]
+            return all(any(one["event"] == event for one in self.said(device)) for device in devices)
+
+        wait_until(there, 240.0)
+        self.family[:] = psutil.Process(self.process.pid).children(recursive=True)
+
+
+@contextlib.contextmanager
+def running(out: Path, *words: str) -> Iterator[Running]:
+    demo = Running(out, start_demo(out, *words), [])
+    try:
+        yield demo
+    finally:
+        for one in demo.family:
+            if one.is_running():
+                one.kill()
+        demo.process.kill()
+        demo.process.communicate()
+
+
+@pytest.fixture(scope="module")
+def swapped(out: Path) -> Iterator[Running]:
+    """A demo with the limits swapped, in which every device has chosen, and trained what it chose."""
+    with running(out.parent / "swapped", "--rounds", "50", "--steps", "12", "--swap-limits") as demo:
+        demo.all_said("training.done", BIG, SMALL, FAR)
+        yield demo
+
+
+def test_swapped_limits_swap_the_choices(summary: Any, swapped: Running) -> None:
+    before, after = choices(summary), {}
+    for device in (BIG, SMALL, FAR):
+        last = [one for one in swapped.said(device) if one["event"] == "round.choice" and one["round"] == 1][
+            -1
+        ]
+        after[device] = last["depth"], last["quantized_layers"], last["binding"]
     assert after[BIG][2] == before[SMALL][2] == "memory" and after[BIG][1] > 0
     assert after[SMALL][2] == before[FAR][2] == "link" and after[SMALL][0] < 6
     assert after[FAR] == before[BIG] == (6, 0, "none")
 
 
-# -- how it ends -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def running(tmp_path: Path) -> Any:
-    """A demo whose agents have begun to talk, and everything that it started."""
-    process = start_demo(tmp_path / "run", "--rounds", "50")
-    logs = tmp_path / "run" / "logs"
-    wait_until(lambda: all((logs / f"{one}.jsonl").exists() for one in (BIG, SMALL, FAR)))
-    wait_until(lambda: "connection.up" in (logs / f"{FAR}.jsonl").read_text())
-    family = psutil.Process(process.pid).children(recursive=True)
-    yield process, family
-    for one in family:
-        if one.is_running():
-            one.kill()
-    process.kill()
-    process.communicate()
-
-
-def wait_until(true: Callable[[], bool], seconds: float = 90.0) -> None:
+def wait_until(true: Callable[[], bool], seconds: float) -> None:
     ends = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < ends
@@ -181,21 +218,21 @@ def all_gone(family: list[psutil.Process]) -> bool:
     return not [p for p in psutil.wait_procs(family, timeout=20)[1] if p.status() != psutil.STATUS_ZOMBIE]
 
 
-def test_ctrl_c_ends_every_process(running: Any) -> None:
-    process, family = running
-    assert len(family) >= 4
-    os.kill(process.pid, signal.SIGINT)
-    _, progress = process.communicate(timeout=60)
-    assert process.returncode == 130
+def test_ctrl_c_ends_every_process(swapped: Running) -> None:
+    assert len(swapped.family) >= 4
+    os.kill(swapped.process.pid, signal.SIGINT)
+    _, progress = swapped.process.communicate(timeout=60)
+    assert swapped.process.returncode == 130
     assert "interrupted" in progress and "Traceback" not in progress
-    assert all_gone(family)
+    assert all_gone(swapped.family)
 
 
-def test_a_device_that_dies_ends_the_demo_with_an_error(running: Any) -> None:
-    process, family = running
-    (agent,) = [p for p in family if f"{SMALL}.toml" in " ".join(p.cmdline())]
-    agent.kill()
-    _, progress = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert f"error: {SMALL} ended with exit code -9" in progress and "Traceback" not in progress
-    assert all_gone(family)
+def test_a_device_that_dies_ends_the_demo_with_an_error(out: Path) -> None:
+    with running(out.parent / "dying", "--rounds", "50") as demo:
+        demo.all_said("connection.up", BIG, SMALL, FAR)
+        (agent,) = [p for p in demo.family if f"{SMALL}.toml" in " ".join(p.cmdline())]
+        agent.kill()
+        _, progress = demo.process.communicate(timeout=60)
+        assert demo.process.returncode == 1
+        assert f"error: {SMALL} ended with exit code -9" in progress and "Traceback" not in progress
+        assert all_gone(demo.family)

@@ -107,12 +107,13 @@ def _run(folder: Path, base: Path, case: Case) -> subprocess.CompletedProcess[st
 def ended(
     small_base: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, subprocess.CompletedProcess[str]]:
-    """All cases side by side: some of them wait for a broker for half a minute."""
+    """All cases side by side, first those that wait for a broker for half a minute."""
     folder = tmp_path_factory.mktemp("errors")
+    ordered = sorted(CASES.items(), key=lambda item: "unreachable" not in item[0])
     with ThreadPoolExecutor(6) as pool:
         futures = {
             name: pool.submit(_run, folder / str(i), small_base, case)
-            for i, (name, case) in enumerate(CASES.items())
+            for i, (name, case) in enumerate(ordered)
         }
         return {name: future.result() for name, future in futures.items()}
 

@@ -47,6 +47,8 @@ from edge_sdk.updates.versions import write_version  # noqa: E402
 
 LABELS = ("colour", "number", "animal", "plant")
 PRINT = "0" * 64
+LONG = 20_000
+"""Steps of a training that nobody waits for the end of; the trainer draws all their rows at its start."""
 
 
 class Worker:
@@ -177,7 +179,7 @@ def test_it_ends_with_its_host_in_the_middle_of_training(
     small = msgspec.structs.replace(setup, base=str(tiny["bert"]))
     described = worker.ask(Describe(id=1, setup=small))
     assert isinstance(described, Described), described
-    worker.send(_train(small, described.shape, tmp_path, 3, 1, steps=1_000_000))
+    worker.send(_train(small, described.shape, tmp_path, 3, 1, steps=LONG))
     while not (isinstance(reply := worker.reply(), Progress) and reply.stage == "training"):
         pass
     worker.process.send_signal(signal.SIGINT)  # Ctrl-C in the terminal: the host decides
@@ -185,7 +187,7 @@ def test_it_ends_with_its_host_in_the_middle_of_training(
     while isinstance(reply := worker.reply(), Progress):
         pass
     assert isinstance(reply, Failed) and reply.cause == "interrupted"
-    worker.send(_train(small, described.shape, tmp_path, 3, 1, steps=1_000_000))
+    worker.send(_train(small, described.shape, tmp_path, 3, 1, steps=LONG))
     while not isinstance(worker.reply(), Progress):
         pass
     started = time.monotonic()
