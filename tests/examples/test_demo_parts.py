@@ -55,10 +55,10 @@ def test_leaving_ends_children_and_what_they_started(tmp_path: Path) -> None:
     assert psutil.wait_procs(family, timeout=10)[1] == []
 
 
-def test_the_configs_load_and_hold_the_limits(tmp_path: Path) -> None:
+def test_the_configs_load_and_hold_the_limits(tmp_path: Path, cache: Path) -> None:
     from edge_sdk.config.loading import load_agent_config, load_run_config
 
-    data = Data.write(tmp_path / "data", DEVICES, tmp_path)
+    data = Data.write(tmp_path / "data", DEVICES, cache)
     (tmp_path / "base").mkdir()
     run = load_run_config(
         write_run_toml(
@@ -104,14 +104,14 @@ def test_a_story_remembers_what_a_device_chose_and_measured() -> None:
 
 
 @pytest.mark.train
-def test_the_control_trains_the_head_alone_at_every_rate(tmp_path: Path) -> None:
+def test_the_control_trains_the_head_alone_at_every_rate(tmp_path: Path, cache: Path) -> None:
     pytest.importorskip("torch")
     from edge_sdk.config.loading import load_run_config
     from examples.demo.control import head_only
     from examples.demo.setting import base_model
     from examples.docstring_tasks import AREAS, area_task, split_evenly, write_jsonl
 
-    task = area_task(None)
+    task = area_task(cache)
     parts = split_evenly(task.train[:128], 2)
     files = {f"d{i}": write_jsonl(tmp_path / f"d{i}.jsonl", part) for i, part in enumerate(parts)}
     data = Data(AREAS, files, write_jsonl(tmp_path / "held-out.jsonl", task.held_out[:64]), "")

@@ -21,11 +21,6 @@ from examples.docstring_tasks import (
 )
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
 def test_area_has_the_known_size_and_all_classes(cache: Path) -> None:
     task = area_task(cache)
     total = len(task.train) + len(task.held_out)
