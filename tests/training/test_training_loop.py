@@ -181,6 +181,19 @@ def test_chance_is_of_the_key(llama: TunableModel) -> None:
     assert len(draws) == 6
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize(("bits", "alike"), [(8, 0.9999), (4, 0.99), (2, 0.8)])
+def test_every_width_trains_the_same_way(bits: int, alike: float, rounding: str, llama: TunableModel) -> None:
+    """From the same loss to the bit; the change of all pairs together, by its cosine to plain's."""
+    plain, expected = run(llama, micro_batch=16)
+    packed = {"quantized_layers": 2, "activation_bits": bits, "activation_rounding": rounding}
+    trace, moved = run(llama, micro_batch=16, **packed)
+    assert trace.losses[0] == plain.losses[0]
+    ours, theirs = (np.concatenate([m[key].ravel() for key in expected]) for m in (moved, expected))
+    cosine = float(ours @ theirs) / float(np.linalg.norm(ours) * np.linalg.norm(theirs))
+    assert alike < cosine < 1 - 1e-9
+
+
 def test_rows_are_drawn_in_epochs() -> None:
     drawn = draw_rows(5, 4, 5, seed=0, round=1, device="d")
     assert [sorted(drawn[i : i + 5].tolist()) for i in (0, 5, 10, 15)] == [[0, 1, 2, 3, 4]] * 4
