@@ -9,6 +9,7 @@ from msgspec.structs import replace
 from edge_sdk.agent.context import Context
 from edge_sdk.agent.link import kept_link
 from edge_sdk.agent.record import Shortfall
+from edge_sdk.device.capacity import GPU_SYSTEM_MB
 from edge_sdk.errors import MissingExtraError
 from edge_sdk.planning.choice import PrefixRoom
 from edge_sdk.planning.cost import peak_mb
@@ -33,7 +34,7 @@ _TRIED_AGAIN = 1.1
 """So much more of the memory that was there when it failed, and it is tried again at once."""
 
 
-def memory_now(context: Context, known: Fit | Described, device: str) -> Memory:
+def memory_now(context: Context, known: Fit | Described, device: str, gpu_uuid: str = "") -> Memory:
     """Measured anew at every call; of the GPU where the trainer's ``device`` is one with its own memory.
 
     The budget is the owner's limit for the trainer less what the trainer holds at rest, and never more
@@ -43,7 +44,7 @@ def memory_now(context: Context, known: Fit | Described, device: str) -> Memory:
     """
     limit = context.config.limits.memory_mb
     gpu = _own_memory(context, device)
-    free = context.machine.free_memory_mb() if gpu is None else context.machine.gpu_free_mb(gpu)
+    free = context.machine.free_memory_mb() if gpu is None else context.machine.gpu_free_mb(gpu, gpu_uuid)
     if gpu is not None and free is None and limit is None:
         raise MissingExtraError(
             f"the free memory of {device} cannot be read",
@@ -55,19 +56,22 @@ def memory_now(context: Context, known: Fit | Described, device: str) -> Memory:
     if free is not None:
         held = _held_mb(context, known, on_gpu=gpu is not None)
         budgets.append(free + held - known.rest_mb)
+        if gpu is not None and not context.desk.trainer.loaded:
+            budgets[-1] -= GPU_SYSTEM_MB  # CUDA's own part, which nothing holds yet
     return Memory(
         budget_mb=max(0.0, min(budgets, default=0.0)), rest_mb=known.rest_mb, free_mb=free, limit_mb=limit
     )
 
 
 def allowed_memory(
-    context: Context, fit: Fit, device: str, run: Run, shortfalls: Iterable[Shortfall]
+    context: Context, fit: Fit, described: Described, run: Run, shortfalls: Iterable[Shortfall]
 ) -> Memory:
     """As ``memory_now``, and no more than what a training needed, by the fit, that ran out of as much.
 
     So neither this device nor the server, which is told, plans with that again.
     """
-    memory, now = memory_now(context, fit, device), context.clock.wall()
+    memory = memory_now(context, fit, described.device, described.gpu)
+    now = context.clock.wall()
     budget = memory.budget_mb
     for one in shortfalls:
         past = not one.lasting and not 0 <= now - one.at < _FORGET_S

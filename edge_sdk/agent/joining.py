@@ -160,7 +160,7 @@ class Joining:
     def _probe_mb(self, described: Described) -> float | None:
         """What the trainer may hold while it probes: a limit where the owner set none, too."""
         try:
-            free = memory_now(self._context, described, described.device).budget_mb
+            free = memory_now(self._context, described, described.device, described.gpu).budget_mb
         except MissingExtraError:  # a GPU whose free memory nobody tells: its driver refuses what is too much
             return self._context.config.limits.memory_mb
         return described.rest_mb + _PROBE_SHARES[self._share] * free
@@ -171,8 +171,8 @@ class Joining:
         if run is None or described is None:
             raise RuntimeError("memory was asked for before the trainer told what it holds")
         if fit is None:
-            return memory_now(self._context, described, described.device)
-        return allowed_memory(self._context, fit, described.device, run, self._experience.shortfalls)
+            return memory_now(self._context, described, described.device, described.gpu)
+        return allowed_memory(self._context, fit, described, run, self._experience.shortfalls)
 
     def fell_short(self, candidate: Candidate, spec: TrainSpec) -> None:
         """Keeps that a candidate ran out of memory, before another one is chosen."""

@@ -69,7 +69,8 @@ class Experience:
         """
         if self._probed is None or self.fit is None:
             return
-        memory, setting = memory_now(self._context, self.fit, described.device), candidate.setting(spec)
+        memory = memory_now(self._context, self.fit, described.device, described.gpu)
+        setting = candidate.setting(spec)
         lasting = memory.limit_mb is not None and memory.limit_mb - memory.rest_mb <= memory.budget_mb
         one = Shortfall(
             setting=setting, kept_mb=_kept_mb(self.fit, run, candidate, setting),

@@ -48,12 +48,17 @@ class Found:
 
 
 def find_link(
-    config: AgentConfig, *, transport: Transport | None = None, clock: Clock | None = None
+    config: AgentConfig,
+    *,
+    transport: Transport | None = None,
+    clock: Clock | None = None,
+    within_s: float = 30.0,
 ) -> Found:
     """Measures the link and keeps the result for the agent; or what is known of it, and why no more.
 
     Args:
         transport: in place of MQTT to ``broker.url``.
+        within_s: for all of it.
     """
     folder = Path(config.agent.state_dir)
     try:
@@ -68,7 +73,7 @@ def find_link(
             from edge_sdk.transport.mqtt import MqttTransport
 
             transport = MqttTransport(config.broker, f"{config.broker.namespace}-{config.agent.id}")
-        found = _Call(config, transport, clock or SystemClock()).measure()
+        found = _Call(config, transport, clock or SystemClock(), within_s).measure()
         if found.link.source == "measured":
             record = AgentRecord(folder / "agent.db")
             try:
@@ -114,7 +119,7 @@ def _told_by(folder: Path, reason: str) -> Found:
 class _Call:
     """One connection to the broker, for one measurement."""
 
-    def __init__(self, config: AgentConfig, transport: Transport, clock: Clock) -> None:
+    def __init__(self, config: AgentConfig, transport: Transport, clock: Clock, within_s: float) -> None:
         self._device, self._namespace = config.agent.id, config.broker.namespace
         self._topics = Topics(self._namespace)
         self._transport, self._clock = transport, clock
@@ -122,6 +127,7 @@ class _Call:
         self._bucket = TokenBucket(None if limit is None else limit * 1000, clock, _BURST_BYTES)
         self._inbox: queue.SimpleQueue[Inbound | Connection] = queue.SimpleQueue()
         self._why = ""
+        self._within_s, self._end = within_s, clock.monotonic() + within_s
 
     def measure(self) -> Found:
         transport, topics = self._transport, self._topics
@@ -151,7 +157,7 @@ class _Call:
         """What the aggregator last said; None: ``_why`` tells what is missing."""
         where = self._transport.description
         self._why = f"no connection to {where} within {_CONNECT_S:g} s"
-        end = self._clock.monotonic() + _CONNECT_S
+        end = min(self._end, self._clock.monotonic() + _CONNECT_S)
         while (left := end - self._clock.monotonic()) > 0:
             event = self._next(left)
             if event is None:
@@ -163,7 +169,7 @@ class _Call:
                         break
                     continue
                 self._why = f"connected to {where}, and no aggregator is there"
-                end = self._clock.monotonic() + _STATE_S
+                end = min(self._end, self._clock.monotonic() + _STATE_S)
             elif event.topic == self._topics.aggregator and (state := _state_in(event.payload)) is not None:
                 if state.ready:
                     return state
@@ -173,7 +179,10 @@ class _Call:
     def _drive(self, meter: LinkMeter) -> None:
         clock = self._clock
         while (due := meter.tick(clock.monotonic())) is not None:
-            event = self._next(max(0.001, due - clock.monotonic()))
+            if clock.monotonic() >= self._end:
+                meter.stop(f"it was not measured within {self._within_s:.0f} s")
+                continue
+            event = self._next(max(0.001, min(due, self._end) - clock.monotonic()))
             if isinstance(event, Connection):
                 if not event.up:
                     meter.lost()

@@ -1,6 +1,7 @@
 """What ``edge-agent profile`` tells: the machine as read, its throughput from a trainer, its link.
 
-The trainer imports torch for some seconds, and the link is measured meanwhile.
+All of it has one end in time. The trainer imports torch for some seconds, and the link is measured meanwhile;
+each takes what is left, up to its own share, and what could not be had by then is missing for that reason.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ from edge_sdk.device.machine import read_profile
 from edge_sdk.protocol.measure import Gpu, Profile, Reading, Throughput
 from edge_sdk.protocol.trainer import Died, Failed, Measure, Timed, TrainerHost, TrainerReply
 
-__all__ = ["measure_machine", "readings"]
+__all__ = ["PROFILE_S", "measure_machine", "readings"]
 
-COMPUTE_S = 5.0
-_PATIENCE_S = 60.0
-"""Of the trainer, its import of torch from a slow card included."""
+PROFILE_S = 18.0
+"""All that the profile takes."""
+_COMPUTE_S = 5.0
+_LAST_S = 1.0
+"""Before the end: the trainer answers and is closed."""
 _POWER_S = 0.2
 """For meters that count energy."""
 _LEFT_OUT = "left out as asked"
@@ -37,6 +40,7 @@ def measure_machine(
     *,
     link: bool = True,
     compute: bool = True,
+    seconds: float = PROFILE_S,
     tell: Callable[[str], object] = str,
     trainer: TrainerHost | None = None,
 ) -> tuple[Profile, Found]:
@@ -44,20 +48,22 @@ def measure_machine(
 
     Args:
         config: None: the machine alone; there is no link without one.
+        seconds: for all of it.
         tell: takes a line about what is being done.
         trainer: measures in place of a process of its own; it is closed here.
     """
+    end = time.monotonic() + seconds
     tell("reading the machine")
     disk = None if config is None else Path(config.agent.state_dir)
     profile = read_profile(disk=disk, gpus=True, interval_s=_POWER_S)
-    with _asked(config, trainer, compute, tell) as answer:
+    with _asked(config, trainer, compute, end, tell) as answer:
         if not link:
             found = Found.nothing(_LEFT_OUT)
         elif config is None:
             found = Found.nothing("there is no config that names a broker")
         else:
             tell(f"measuring the link through {config.broker.url}")
-            found = find_link(config)
+            found = find_link(config, within_s=end - _LAST_S - time.monotonic())
         throughput, reason = answer()
     if not throughput and config is not None and config.agent.device_class and not config.agent.emulated:
         throughput = _stated(device_class(config.agent.device_class), reason)
@@ -67,27 +73,33 @@ def measure_machine(
 
 @contextmanager
 def _asked(
-    config: AgentConfig | None, trainer: TrainerHost | None, wanted: bool, tell: Callable[[str], object]
+    config: AgentConfig | None,
+    trainer: TrainerHost | None,
+    wanted: bool,
+    end: float,
+    tell: Callable[[str], object],
 ) -> Iterator[Callable[[], tuple[tuple[Throughput, ...], str]]]:
     """Has the trainer begin; what is yielded waits for its answer: figures, or why there are none."""
     if not wanted:
         yield lambda: ((), _LEFT_OUT)
         return
-    tell("measuring what it computes, which takes about ten seconds")
+    began, until = time.monotonic(), end - _LAST_S
+    tell(f"measuring what it computes, which takes {until - began:.0f} seconds at most")
     section = TrainerSection() if config is None else config.trainer
     replies: queue.SimpleQueue[TrainerReply] = queue.SimpleQueue()
     with tempfile.TemporaryDirectory(prefix="edge-profile-") as folder:
         host = trainer or ProcessTrainer(Path(folder), allocator=section.allocator)
         host.start(replies.put)
         try:
-            host.request(Measure(id=1, threads=section.threads, seconds=COMPUTE_S))
-            yield lambda: _answer(replies)
+            host.request(Measure(id=1, threads=section.threads, seconds=_COMPUTE_S, until=until))
+            yield lambda: _answer(replies, began, end)
         finally:
             host.close()
 
 
-def _answer(replies: queue.SimpleQueue[TrainerReply]) -> tuple[tuple[Throughput, ...], str]:
-    end = time.monotonic() + _PATIENCE_S
+def _answer(
+    replies: queue.SimpleQueue[TrainerReply], began: float, end: float
+) -> tuple[tuple[Throughput, ...], str]:
     while (left := end - time.monotonic()) > 0:
         try:
             reply = replies.get(timeout=left)
@@ -99,7 +111,8 @@ def _answer(replies: queue.SimpleQueue[TrainerReply]) -> tuple[tuple[Throughput,
             return (), f"{reply.message}{f': {reply.hint}' if reply.hint else ''}"
         if isinstance(reply, Died):
             return (), reply.message
-    return (), f"the trainer did not answer within {_PATIENCE_S:g} s"
+    given = max(0.0, end - began)
+    return (), f"torch was not loaded within {given:.0f} s; edge-agent profile --seconds 60 waits longer"
 
 
 def _stated(stated: DeviceClass, reason: str) -> tuple[Throughput, ...]:

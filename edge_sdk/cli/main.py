@@ -88,12 +88,18 @@ def profile(
     compute: Annotated[
         bool, typer.Option("--compute/--no-compute", help="Measure arithmetic and memory (extra 'train').")
     ] = True,
+    seconds: Annotated[
+        float | None,
+        typer.Option(
+            "--seconds", min=2, max=600, help="For all of it, 18 if not told; a slow disk wants more."
+        ),
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """What this device is and does: memory, power, heat, arithmetic, link. Needs neither model nor config."""
     from edge_sdk.cli.profiling import show_profile
 
-    show_profile(config, as_json=json, link=link, compute=compute)
+    show_profile(config, as_json=json, link=link, compute=compute, seconds=seconds)
 
 
 @app.command()

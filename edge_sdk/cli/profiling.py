@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import typer
 
-from edge_sdk.agent.profiling import measure_machine, readings
+from edge_sdk.agent.profiling import PROFILE_S, measure_machine, readings
 from edge_sdk.config.agent import AgentConfig
 from edge_sdk.config.loading import load_agent_config
 from edge_sdk.protocol.measure import Reading
@@ -20,7 +20,9 @@ __all__ = ["show_profile"]
 _USUAL = Path("agent.toml")
 
 
-def show_profile(config: Path | None, *, as_json: bool, link: bool, compute: bool) -> None:
+def show_profile(
+    config: Path | None, *, as_json: bool, link: bool, compute: bool, seconds: float | None
+) -> None:
     """Raises ConfigError for a config that was named and cannot be used."""
     loaded: AgentConfig | None = None
     if config is not None or _USUAL.is_file():
@@ -31,14 +33,20 @@ def show_profile(config: Path | None, *, as_json: bool, link: bool, compute: boo
         if watched:
             typer.echo(line, err=True)
 
-    profile, found = measure_machine(loaded, link=link, compute=compute, tell=tell)
+    began = time.monotonic()
+    profile, found = measure_machine(
+        loaded, link=link, compute=compute, seconds=seconds or PROFILE_S, tell=tell
+    )
+    took = time.monotonic() - began
     told = readings(profile, found)
     if as_json:
-        record = {"profile": profile, "link": found.link, "readings": told}
+        record = {"profile": profile, "link": found.link, "readings": told, "seconds": round(took, 2)}
         typer.echo(json.dumps(msgspec.to_builtins(record)))
         return
     for line in _table(told):
         typer.echo(line)
+    if watched:
+        typer.echo(f"took {took:.1f} s", err=True)
 
 
 def _table(told: list[Reading]) -> list[str]:

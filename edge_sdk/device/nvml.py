@@ -43,13 +43,25 @@ def gpu_names(nvml: Any | None = None) -> tuple[tuple[str, ...], str]:
     return _ask(nvml, names, ())
 
 
-def gpu_free_mb(index: int, nvml: Any | None = None) -> float | None:
-    """Free memory of one of them in MB; None where it cannot be read."""
+def gpu_free_mb(index: int, uuid: str = "", nvml: Any | None = None) -> float | None:
+    """Free memory of one of them in MB; None where it cannot be read.
+
+    Args:
+        index: CUDA's. It is NVML's too where there is one GPU; where there are several, CUDA may put the
+            fastest first, and sees only some of them with CUDA_VISIBLE_DEVICES.
+        uuid: as CUDA tells it, which is right in any case; empty: not known.
+    """
 
     def free(lib: Any, count: int) -> float | None:
-        if index >= count:
-            return None
-        return float(lib.nvmlDeviceGetMemoryInfo(lib.nvmlDeviceGetHandleByIndex(index)).free) / 1e6
+        try:
+            handle = lib.nvmlDeviceGetHandleByUUID(uuid) if uuid else None
+        except lib.NVMLError:  # not NVML's name of it: a part of a GPU, say
+            handle = None
+        if handle is None:
+            if index >= count or (uuid and count > 1):
+                return None
+            handle = lib.nvmlDeviceGetHandleByIndex(index)
+        return float(lib.nvmlDeviceGetMemoryInfo(handle).free) / 1e6
 
     return _ask(nvml, free, None)[0]
 

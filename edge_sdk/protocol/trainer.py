@@ -177,6 +177,8 @@ class Measure(Record, frozen=True, kw_only=True, tag="measure"):
     """0: as many as torch likes."""
     seconds: Annotated[float, msgspec.Meta(gt=0, le=600)] = 5.0
     """In all, not counting the import of torch."""
+    until: float | None = None
+    """On this boot's monotonic clock: less than ``seconds`` where the import left no more."""
 
 
 class Interrupt(Record, frozen=True, kw_only=True, tag="interrupt"):
@@ -198,6 +200,8 @@ class Described(Record, frozen=True, kw_only=True, tag="described"):
     label_counts: tuple[int, ...] = ()
     device: Text
     """The device that the trainer computes on: ``cpu`` or ``cuda:N``."""
+    gpu: Text = ""
+    """Its UUID, as its driver knows it too; empty: it is no GPU, or torch does not tell."""
     mechanisms: tuple[Text, ...]
     base_held: Text = ""
     """What the base is held in, and what decodes it: ``nf4 by bitsandbytes 0.50.2``."""

@@ -9,7 +9,7 @@ from typing import Any
 from edge_sdk.data.base_files import find_base
 from edge_sdk.errors import BaseModelError
 
-__all__ = ["compute_device", "local_base"]
+__all__ = ["compute_device", "gpu_uuid", "local_base"]
 
 _FILES = ("*.json", "*.jinja", "*.safetensors", "*.txt", "*.model", "bpe.codes")
 
@@ -64,3 +64,13 @@ def compute_device(wanted: str) -> Any:
             "set trainer.device to auto or cpu, or install a torch built for this GPU",
         )
     return torch.device("cuda", index)
+
+
+def gpu_uuid(device: Any) -> str:
+    """``GPU-...``, the driver's own name of a CUDA device; empty where it is none, or torch does not tell."""
+    import torch
+
+    if device.type != "cuda":
+        return ""
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)  # since torch 2.5
+    return "" if uuid is None else f"GPU-{str(uuid).removeprefix('GPU-')}"

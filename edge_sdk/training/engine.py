@@ -37,6 +37,7 @@ from edge_sdk.protocol.trainer import (
     TrainerRequest,
 )
 from edge_sdk.training.allocator import allocator_word
+from edge_sdk.training.base import gpu_uuid
 from edge_sdk.training.failures import InterruptError, failed
 from edge_sdk.training.lean import keep_lean
 from edge_sdk.training.words import mechanisms_of, refuse_missing, refuse_missing_levers
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 __all__ = ["Engine"]
 
 _PROGRESS_S = 0.5
+_LEAST_MEASURE_S = 0.5
 """Least time between two progress replies of a request."""
 
 Stage = Literal["loading", "probing", "training", "evaluating", "planning", "measuring"]
@@ -178,6 +180,7 @@ class Engine:
             dropped=dropped,
             label_counts=counts,
             device=str(resident.device),
+            gpu=gpu_uuid(resident.device),
             mechanisms=mechanisms_of(request.setup.base_precision, str(resident.device)),
             base_held=resident.base_held,
             torch=str(torch.__version__),
@@ -350,10 +353,13 @@ class Engine:
         started = time.perf_counter()
         if request.threads:
             torch.set_num_threads(request.threads)
+        seconds = request.seconds
+        if request.until is not None:
+            seconds = max(_LEAST_MEASURE_S, min(seconds, request.until - time.monotonic()))
         devices, found = compute_devices(), []
         for done, device in enumerate(devices):
             self._progress(request.id, "measuring", done, len(devices))
-            found.append(measure_throughput(device, request.seconds / len(devices), self._check))
+            found.append(measure_throughput(device, seconds / len(devices), self._check))
         self._progress(request.id, "measuring", len(devices), len(devices))
         return Timed(
             id=request.id,

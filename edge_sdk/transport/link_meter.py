@@ -188,6 +188,11 @@ class LinkMeter:
         if not self.done:
             self._end("the connection was lost meanwhile")
 
+    def stop(self, reason: str) -> None:
+        """Whoever called has no more time for it; what was found so far counts."""
+        if not self.done:
+            self._end(reason)
+
     # -- one way --------------------------------------------------------------------------------------
 
     def _tick_course(self, now: float) -> float | None:

@@ -196,7 +196,7 @@ class FakeMachine:
     def process_rss_mb(self, pid: int) -> float | None:
         return self.rss_mb
 
-    def gpu_free_mb(self, index: int) -> float | None:
+    def gpu_free_mb(self, index: int, uuid: str = "") -> float | None:
         return self.gpu_mb
 
 

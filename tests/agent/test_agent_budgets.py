@@ -9,6 +9,7 @@ from agent_fakes import FIT, World
 
 from edge_sdk.agent.budgets import keep_rate, link_now, memory_now
 from edge_sdk.agent.link import keep_link
+from edge_sdk.device.capacity import GPU_SYSTEM_MB
 from edge_sdk.errors import MissingExtraError
 from edge_sdk.protocol.measure import Link
 
@@ -49,6 +50,16 @@ def test_a_gpu_has_its_own_memory(tmp_path: Path) -> None:
         memory_now(one.core.context, FIT, "cuda:0")
     one.machine.gpu_mb, one.trainer.loaded = 5000.0, True
     assert memory_now(one.core.context, FIT, "cuda:0").budget_mb == 5000
+    one.trainer.loaded = False
+    assert memory_now(one.core.context, FIT, "cuda:0").budget_mb == 5000 - 100 - GPU_SYSTEM_MB
+
+
+def test_one_pool_is_shared_with_an_integrated_gpu(tmp_path: Path) -> None:
+    one = world(tmp_path)
+    one.machine.free_mb, one.machine.gpu_mb = 3000, 9000.0
+    one.machine.facts["accelerators"] = ("NVIDIA tegra234 (integrated)",)
+    memory = memory_now(one.core.context, FIT, "cuda:0")
+    assert (memory.free_mb, memory.budget_mb) == (3000, 2900)
 
 
 def test_links_are_configured_or_measured(tmp_path: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 from test_agent_cli import edge_agent, free_port
 
 from aggregator.broker.embedded import EmbeddedBroker
@@ -214,8 +216,8 @@ def test_what_cannot_be_measured_is_taken_from_the_data_sheet_of_the_owners_clas
     assert played.throughput == (), "this machine only plays that class"
 
 
-def test_the_owners_limit_is_kept_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In made-up time, in which nothing takes any but waiting."""
+def made_up_time(monkeypatch: pytest.MonkeyPatch) -> ManualClock:
+    """Nothing takes any but waiting."""
     clock = ManualClock(1000.0)
 
     def next_event(call: _Call, seconds: float) -> Inbound | Connection | None:
@@ -225,17 +227,60 @@ def test_the_owners_limit_is_kept_to(tmp_path: Path, monkeypatch: pytest.MonkeyP
         return call._inbox.get()
 
     monkeypatch.setattr(_Call, "_next", next_event)
-    broker = MemoryBroker()
+    return clock
+
+
+def limited(folder: Path, uplink_kbps: float) -> AgentConfig:
+    return replace(config(folder), limits=LimitsSection(uplink_kbps=uplink_kbps))
+
+
+def test_the_owners_limit_is_kept_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, broker = made_up_time(monkeypatch), MemoryBroker()
     serve(MemoryTransport(broker, "aggregator"), link_bytes=100_000)
-    limited = AgentConfig(
-        agent=AgentSection(id="dev-a", state_dir=str(tmp_path / "state")),
-        broker=BrokerConfig(url="mqtt://127.0.0.1:1", namespace=NAMESPACE),
-        base=BaseSection(path="base"),
-        data=DataSection(path="rows.jsonl"),
-        limits=LimitsSection(uplink_kbps=200.0),
-    )
-    found = find_link(limited, transport=MemoryTransport(broker, "dev-a"), clock=clock)
+    found = find_link(limited(tmp_path, 200.0), transport=MemoryTransport(broker, "dev-a"), clock=clock)
     assert found.link.up_bps == pytest.approx(200_000, rel=0.1)
+
+
+def test_a_link_is_measured_within_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, broker = made_up_time(monkeypatch), MemoryBroker()
+    serve(MemoryTransport(broker, "aggregator"), link_bytes=2_000_000)
+    slow, device = limited(tmp_path, 100.0), MemoryTransport(broker, "dev-a")
+    found = find_link(slow, transport=device, clock=clock, within_s=0.5)
+    assert clock.now == pytest.approx(1000.5, abs=0.01)
+    assert found.link.rtt_ms is not None and found.link.up_bps == pytest.approx(100_000, rel=0.2)
+    silent = MemoryBroker()  # an aggregator that is there and answers nothing
+    server = MemoryTransport(silent, "aggregator")
+    server.start(lambda event: None)
+    state = AggregatorState(ready=True, epoch="e", link_bytes=2_000_000)
+    server.publish(Topics(NAMESPACE).aggregator, encode(state), retain=True)
+    began = clock.now
+    found = find_link(slow, transport=MemoryTransport(silent, "dev-a"), clock=clock, within_s=1.5)
+    assert clock.now - began == pytest.approx(1.5, abs=0.01)
+    assert found.reasons["up_bps"] == "it was not measured within 2 s" and found.link.source == "unknown"
+
+
+def test_all_of_it_has_an_end(tmp_path: Path) -> None:
+    class Silent(Trainer):
+        def request(self, request: TrainerRequest) -> None:
+            assert isinstance(request, Measure) and request.until is not None
+            self.left = request.until - time.monotonic()
+
+    silent, began = Silent(Failed(id=1, cause="bug", message="not said")), time.monotonic()
+    profile, found = measure_machine(
+        config(tmp_path, url=f"mqtt://127.0.0.1:{free_port()}"), seconds=1.6, trainer=silent
+    )
+    assert time.monotonic() - began < 2.5 and silent.closed and silent.left < 0.6
+    assert "--seconds 60" in profile.reasons["throughput"] and "no connection" in found.reasons["rtt_ms"]
+
+
+@pytest.mark.train
+def test_the_command_keeps_to_its_seconds(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    done = edge_agent("profile", "--seconds", "8", "--json", cwd=tmp_path)
+    told = json.loads(done.stdout)
+    assert told["seconds"] < 9
+    named = {one["name"]: one for one in told["readings"]}
+    assert "cpu.fp32_gflops" in named or "--seconds 60" in named["throughput"]["reason"]
 
 
 def test_the_command_as_json(tmp_path: Path) -> None:

@@ -34,6 +34,11 @@ class Library:
     def nvmlDeviceGetHandleByIndex(self, index: int) -> int:  # noqa: N802
         return index
 
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> int:  # noqa: N802
+        if uuid not in ("GPU-a", "GPU-b"):
+            raise NVMLError("Not Found")
+        return ("GPU-a", "GPU-b").index(uuid)
+
     def nvmlDeviceGetName(self, handle: int) -> str | bytes:  # noqa: N802
         return "NVIDIA A" if handle == 0 else b"NVIDIA B"
 
@@ -78,11 +83,19 @@ def test_all_that_it_tells() -> None:
 
 def test_names_and_free_memory() -> None:
     assert gpu_names(Library()) == (("NVIDIA A", "NVIDIA B"), "")
-    assert gpu_free_mb(0, Library()) == 6000.0
-    assert gpu_free_mb(7, Library()) is None
+    assert gpu_free_mb(0, nvml=Library()) == 6000.0
+    assert gpu_free_mb(7, nvml=Library()) is None
+
+
+def test_a_gpu_is_found_by_its_uuid_whatever_cuda_counts() -> None:
+    """CUDA counts the fastest first, or only those in CUDA_VISIBLE_DEVICES: its number is not NVML's."""
+    assert gpu_free_mb(0, "GPU-b", Library()) == 6000.000001
+    assert gpu_free_mb(5, "GPU-a", Library()) == 6000.0
+    assert gpu_free_mb(0, "GPU-part", Library()) is None, "which of the two it is part of is not known"
+    assert gpu_free_mb(0, "GPU-part", Library(count=1)) == 6000.0
 
 
 def test_a_driver_that_does_not_answer_or_has_nothing() -> None:
     assert read_gpus(Library(broken="Driver Not Loaded")) == ((), "NVML: Driver Not Loaded")
     assert read_gpus(Library(count=0)) == ((), "NVML reports no GPU")
-    assert gpu_free_mb(0, Library(broken="Driver Not Loaded")) is None
+    assert gpu_free_mb(0, nvml=Library(broken="Driver Not Loaded")) is None

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 
 import pytest
 
 torch = pytest.importorskip("torch")
 pytestmark = [pytest.mark.train, pytest.mark.alone]
 
+from edge_sdk.protocol.measure import Throughput  # noqa: E402
 from edge_sdk.protocol.trainer import Measure, Progress, Timed, TrainerReply  # noqa: E402
 from edge_sdk.training import throughput  # noqa: E402
+from edge_sdk.training.engine import Engine  # noqa: E402
 from edge_sdk.training.failures import InterruptError  # noqa: E402
 from edge_sdk.training.inline import InlineTrainer  # noqa: E402
 from edge_sdk.training.throughput import measure_throughput  # noqa: E402
@@ -106,6 +110,7 @@ class Missing:
         if name == "torch":
             raise ModuleNotFoundError("No module named 'torch'", name="torch")
 sys.meta_path.insert(0, Missing)
+from edge_sdk.protocol.measure import Throughput  # noqa: E402
 from edge_sdk.protocol.trainer import Measure
 from edge_sdk.training.engine import Engine
 Engine(lambda reply: print(type(reply).__name__, reply.cause, reply.hint), enforce=True).handle(Measure(id=1))
@@ -125,3 +130,18 @@ def test_a_slow_kernel_leaves_time_for_the_next(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(throughput, "_once", slow)
     monkeypatch.setattr(throughput.time, "monotonic", lambda: now)
     assert throughput._times(lambda: None, "cpu", 1.0, go_on) == [100.0]
+
+
+def test_no_more_time_is_taken_than_the_import_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[float] = []
+
+    def measured(device: str, seconds: float, check: Callable[[], None]) -> Throughput:
+        given.append(seconds)
+        return Throughput(device=device)
+
+    monkeypatch.setattr(throughput, "measure_throughput", measured)
+    monkeypatch.setattr(throughput, "compute_devices", lambda: ["cpu"])
+    engine = Engine(lambda reply: None, enforce=False)
+    for left in (100.0, 3.0, -5.0):
+        engine.handle(Measure(id=1, seconds=5.0, until=time.monotonic() + left))
+    assert given == pytest.approx([5.0, 3.0, 0.5], abs=0.2)
