@@ -146,7 +146,7 @@ class Engine:
         from edge_sdk.training.resident import Resident, resident_key
 
         self._check()
-        if self._resident is None or self._resident.key != resident_key(setup):
+        if self._resident is None or self._resident.key != resident_key(setup, folder):
             self.unload()
             self._progress(request, "loading", 0, 1)
             self._resident = Resident(setup, folder, self._check, enforce=self._enforce)

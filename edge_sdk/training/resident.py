@@ -34,10 +34,11 @@ __all__ = ["Resident", "resident_key"]
 _log = logging.getLogger(__name__)
 
 
-def resident_key(setup: Setup) -> tuple[object, ...]:
-    """What another value of means loading the model again."""
+def resident_key(setup: Setup, folder: Path) -> tuple[object, ...]:
+    """What another value of means loading the model again: other files in the base's ``folder`` too."""
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
     return (
-        setup.base, setup.task, setup.labels, setup.lora, setup.layers, setup.device,
+        tuple((path.name, _stamp(path)) for path in files), setup.base, setup.task, setup.labels, setup.lora, setup.layers, setup.device,
         setup.base_precision, setup.base_plan,
     )  # fmt: skip
 
@@ -52,7 +53,7 @@ class Resident:
     """
 
     def __init__(self, setup: Setup, folder: Path, check: Callable[[], None], *, enforce: bool) -> None:
-        self.key = resident_key(setup)
+        self.key = resident_key(setup, folder)
         self.folder = folder
         self.device = compute_device(setup.device)
         self.rest_mb = 0.0

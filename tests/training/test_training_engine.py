@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -109,6 +110,17 @@ def test_describe(bench: Bench) -> None:
     assert reply.mechanisms == MECHANISMS and reply.rest_mb > 50
     assert Path(reply.base).is_absolute()
     assert bench.trainer.loaded
+
+
+def test_another_base_in_the_same_folder_is_loaded(tiny: dict[str, Path], bench: Bench) -> None:
+    folder = bench.folder / "base"
+    shutil.copytree(tiny["bert"], folder)
+    bench.setup = msgspec.structs.replace(bench.setup, base=str(folder))
+    before = bench.describe().shape
+    shutil.rmtree(folder)
+    shutil.copytree(tiny["roberta"], folder)
+    after = bench.describe().shape
+    assert after != before and after == bench.describe().shape
 
 
 def test_what_is_offered_by_default_is_had_here() -> None:

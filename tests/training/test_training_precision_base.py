@@ -257,7 +257,7 @@ def test_another_precision_is_another_resident(bench: Bench) -> None:
         replace(bench.setup, base_precision="plan", base_plan=plan),
         replace(bench.setup, base_precision="plan", base_plan=bench.plan(bits=2).plan),
     ]
-    assert len({resident_key(setup) for setup in setups}) == 4
+    assert len({resident_key(setup, Path(setup.base)) for setup in setups}) == 4
 
 
 def test_a_plan_of_another_base_or_without_its_word_is_refused(bench: Bench) -> None:
