@@ -57,6 +57,7 @@ def test_a_retained_message_waits_for_those_who_come_later(join: Join) -> None:
     aggregator = join(AGGREGATOR)
     assert aggregator.transport.publish(T.run, b"first", retain=True)
     assert aggregator.transport.publish(T.run, b"second", retain=True)
+    aggregator.wait(lambda: not aggregator.transport.busy)  # the broker has both
     early = join("dev-b", T.run)
     assert early.receive(T.run).payload == b"second"
     device = join(DEVICE, T.run)
