@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from math import sqrt
 from pathlib import Path
 
 import msgspec
@@ -14,6 +14,7 @@ from aggregator.merging.base import Contribution, MergeRule, Sizes
 from aggregator.merging.blame import faults
 from aggregator.merging.streaming import Merge
 from aggregator.norms import Norms, NormsOf
+from aggregator.planner.utility import ProductChanges
 from aggregator.round_port import Made
 from aggregator.server_optimizers.base import ServerOptimizer
 from aggregator.server_optimizers.keeping import Stepping
@@ -25,12 +26,12 @@ from edge_sdk.protocol.wire import Announce, Refusal, Run
 from edge_sdk.transport.objects import ObjectStore
 from edge_sdk.updates.codecs import Floats
 from edge_sdk.updates.container import Container, Forms, read_container, rows_of
-from edge_sdk.updates.initial import initial_adapter, initial_slots
-from edge_sdk.updates.keys import check_shape, layer_of
+from edge_sdk.updates.initial import initial_part, initial_slots
+from edge_sdk.updates.keys import check_shape, part_sizes
 from edge_sdk.updates.versions import VersionChain, VersionWriter, version_header
 from edge_sdk.updates.writer import file_bytes
 
-__all__ = ["Adapters", "layer_changes"]
+__all__ = ["Adapters"]
 
 MAX_CHANGE = 1e4
 """Largest value of an update: far above any that trains."""
@@ -67,16 +68,21 @@ class Adapters:
         self._optimizer = server_optimizer
         self._full_every = full_every
         self._forms = Forms()
+        self._reach = _Reach()
 
     def initial(self) -> Made:
         """Version 0: durable."""
-        adapter = initial_adapter(self._run.shape, self._run.lora, self._seed)
-        sizes = {key: (rows.shape[0], rows.shape[1]) for key, rows in adapter.items()}
+        shape, lora = self._run.shape, self._run.lora
+        sizes = part_sizes(shape, lora)
         path = self._folder / "version-0.safetensors"
+        reach = {}
         with VersionWriter(path, self._header(sizes, 0, 0)) as writer:
-            for key, rows in adapter.items():
-                writer.write(key, None, rows)
-        return Made(*self._objects.adopt(path))
+            for key in sizes:
+                rows = writer.write(key, None, initial_part(shape, lora, self._seed, key))
+                reach[key] = _largest(rows)
+        made = Made(*self._objects.adopt(path))
+        self._reach.put(made.object, reach)
+        return made
 
     def merged(
         self, number: int, round: int, chain: Sequence[VersionRow], updates: Sequence[ParticipationRow]
@@ -95,7 +101,7 @@ class Adapters:
             header = min(header, delta, key=file_bytes)
         parent = header.builds_on
         path = self._folder / f"version-{number}.safetensors"
-        norms = _LayerNorms(self._run.shape.layers)
+        changes, reach = ProductChanges(self._run.shape.layers), {}
         stepping = self._stepping(whole, chain[-1], round, number)
         with (
             stepping or nullcontext(),
@@ -104,17 +110,20 @@ class Adapters:
             for key, was, becomes in merge.parts():
                 if stepping is not None and was is not None:
                     becomes = stepping.step(key, was, becomes)
-                norms.add(key, was, writer.write(key, was, becomes.astype(np.float32)))
+                rows = writer.write(key, was, becomes.astype(np.float32))
+                changes.add(key, was, rows)
+                reach[key] = _largest(rows)
             if parent is None:
                 for key in sorted(before.sizes.keys() - merge.sizes.keys()):
                     was = before.tensor(key)
-                    norms.add(key, was, writer.write(key, was, was))
+                    reach[key] = _largest(writer.write(key, was, was))
         states = {}
         if stepping is not None:
             states = {name: self._objects.adopt(file)[0] for name, file in stepping.files.items()}
         digest, size = self._objects.adopt(path)
+        self._reach.put(digest, reach if parent is None else {**self._reach.of(chain[-1].object), **reach})
         return Made(
-            digest, size, parent, msgspec.json.encode(states).decode() if states else None, norms.result()
+            digest, size, parent, msgspec.json.encode(states).decode() if states else None, changes.result()
         )
 
     def faults(
@@ -152,24 +161,29 @@ class Adapters:
                         )
                 check_shape(header, run.shape, run.lora, announce.candidate.depth, run.spec.factors)
                 self._rule.check(container.parts)
-                return self._check_values(container, announce, self._read(chain))
+                return self._check_values(container, announce, chain)
         except EdgeError as error:
             return refuse(announce, "shape", error.message, error.hint)
 
     def _check_values(
-        self, container: Container, announce: Announce, current: VersionChain
+        self, container: Container, announce: Announce, chain: Sequence[VersionRow]
     ) -> Refusal | Norms:
-        norms = NormsOf()
+        norms, current, reach = NormsOf(), self._read(chain), self._reach.of(chain[-1].object)
         for key, part in sorted(container.parts.items()):
             try:
                 change = container.tensor(key)
             except EdgeError as error:
                 return refuse(announce, "nonfinite", error.message, error.hint)
-            for rows, what, most in (
-                (change, "changes a value by", MAX_CHANGE),
-                (current.tensor(key)[rows_of(part)] + change, "leads to a value of", MAX_VALUE),
+            changes_by = _largest(change)
+            if key not in reach:
+                reach[key] = _largest(current.tensor(key))
+            leads_to = reach[key] + changes_by
+            if leads_to > MAX_VALUE:  # the two may be of different values
+                leads_to = _largest(current.tensor(key)[rows_of(part)] + change)
+            for largest, what, most in (
+                (changes_by, "changes a value by", MAX_CHANGE),
+                (leads_to, "leads to a value of", MAX_VALUE),
             ):
-                largest = float(np.abs(rows).max(initial=0.0))
                 if largest > most:
                     return refuse(
                         announce,
@@ -225,26 +239,26 @@ class Adapters:
         )
 
 
-class _LayerNorms:
-    """How far the slots of each layer moved: the Euclidean norm over all of them."""
+class _Reach:
+    """The largest value of each part of the versions last made or built on: what was read once need not be
+    read for every update."""
 
-    def __init__(self, layers: int) -> None:
-        self._squares = [0.0] * layers
+    def __init__(self, most: int = 8) -> None:
+        self._most = most
+        self._versions: OrderedDict[str, dict[str, float]] = OrderedDict()
 
-    def add(self, key: str, before: Floats | None, after: Floats) -> None:
-        layer = layer_of(key)
-        if layer is not None and not key.startswith("fold."):
-            change = after.astype(np.float64) if before is None else after.astype(np.float64) - before
-            self._squares[layer] += float(np.square(change).sum())
+    def of(self, version: str) -> dict[str, float]:
+        """By part, of the version with this object; what is not there may be added."""
+        reach = self._versions.pop(version, {})
+        self.put(version, reach)
+        return reach
 
-    def result(self) -> tuple[float, ...]:
-        return tuple(sqrt(square) for square in self._squares)
+    def put(self, version: str, reach: dict[str, float]) -> None:
+        self._versions[version] = reach
+        if len(self._versions) > self._most:
+            self._versions.popitem(last=False)
 
 
-def layer_changes(before: VersionChain, after: VersionChain) -> tuple[float, ...]:
-    """How far the slots of each layer moved from one version to another, a part in memory at a time."""
-    layers = [layer for key in after.sizes if (layer := layer_of(key)) is not None]
-    norms = _LayerNorms(max(layers, default=-1) + 1)
-    for key in sorted(after.sizes):
-        norms.add(key, before.tensor(key) if key in before.sizes else None, after.tensor(key))
-    return norms.result()
+def _largest(rows: Floats) -> float:
+    """Largest absolute value, without a copy of the rows."""
+    return max(float(rows.max(initial=0.0)), -float(rows.min(initial=0.0)))

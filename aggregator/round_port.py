@@ -24,7 +24,7 @@ class Made:
     optimizer: str | None = None
     """Of the server optimizer: its state's objects, by name, as JSON."""
     layer_changes: tuple[float, ...] = ()
-    """How far the slots of each layer moved, from layer 0 on."""
+    """How far the product of each layer's slots moved, from layer 0 on."""
 
 
 class RoundsPort(Protocol):
@@ -51,10 +51,8 @@ class RoundsPort(Protocol):
         """
         ...
 
-    def utilities(
-        self, chain: Sequence[VersionRow], version: VersionRow, updates: Sequence[ParticipationRow]
-    ) -> str | None:
-        """What each layer is worth after the merge that led from ``chain`` to ``version``, as JSON."""
+    def utilities(self, before: VersionRow, made: Made, updates: Sequence[ParticipationRow]) -> str | None:
+        """What each layer is worth after the merge that led from ``before`` to what was made, as JSON."""
         ...
 
     def evaluate(self, chain: Sequence[VersionRow]) -> None:

@@ -306,7 +306,7 @@ class Rounds:
             optimizer=made.optimizer,
         )  # fmt: skip
         if row.number > 0:
-            version = replace(version, utilities=self._port.utilities(chain, version, received))
+            version = replace(version, utilities=self._port.utilities(chain[-1], made, received))
         with self._store.transaction():
             self._store.add_version(version)
             tell_who_is_too_old = self._patience.too_old(number - self._terms.max_staleness)

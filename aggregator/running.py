@@ -16,7 +16,7 @@ from aggregator.methods.base import Method
 from aggregator.norms import FleetNorms, Norms
 from aggregator.participations import deepest_of
 from aggregator.planner.plan import RoundPlan, plan_round
-from aggregator.planner.utility import layer_utilities, read_utilities, write_utilities
+from aggregator.planner.utility import moved, read_utilities, write_utilities
 from aggregator.reception import Reception
 from aggregator.retention import prune
 from aggregator.round_port import Made
@@ -230,16 +230,11 @@ class Running:
     ) -> Mapping[ParticipationRow, str]:
         return self.adapters.faults(number, chain, updates)
 
-    def utilities(
-        self, chain: Sequence[VersionRow], version: VersionRow, updates: Sequence[ParticipationRow]
-    ) -> str | None:
-        before = [self._objects.path(one.object) for one in chain]
-        after = [*(before if version.parent is not None else ()), self._objects.path(version.object)]
-        return write_utilities(
-            layer_utilities(
-                self.run.shape, before, after, deepest_of(updates), read_utilities(chain[-1].utilities)
-            )
-        )
+    def utilities(self, before: VersionRow, made: Made, updates: Sequence[ParticipationRow]) -> str | None:
+        layers = self.run.shape.layers
+        untouched = layers - deepest_of(updates)
+        norms = [None if layer < untouched else norm for layer, norm in enumerate(made.layer_changes)]
+        return write_utilities(moved(read_utilities(before.utilities) or [1.0 / layers] * layers, norms))
 
     def evaluate(self, chain: Sequence[VersionRow]) -> None:
         setup = setup_of(self._config, self.run.spec, str(self.base))

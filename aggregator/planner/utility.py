@@ -14,69 +14,66 @@ a utility that falls because nobody trains would make sure that nobody ever does
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from math import fsum, sqrt
-from pathlib import Path
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
-from edge_sdk.errors import ContainerError
-from edge_sdk.protocol.model import ModelShape
 from edge_sdk.updates.codecs import Floats
-from edge_sdk.updates.container import Container, read_container
+from edge_sdk.updates.keys import layer_of
 
-__all__ = [
-    "UTILITY_MEMORY",
-    "change_norms",
-    "layer_utilities",
-    "moved",
-    "read_utilities",
-    "write_utilities",
-]
+__all__ = ["UTILITY_MEMORY", "ProductChanges", "moved", "read_utilities", "write_utilities"]
 
 UTILITY_MEMORY = 0.8
 """Weight of the past (lambda) in the moving average."""
-
-Rows = Callable[[str], Floats]
-"""Gives the rows of a part by its key, slot-major."""
-
-
-def layer_utilities(
-    shape: ModelShape,
-    before: Sequence[Path],
-    after: Sequence[Path],
-    trained: int,
-    utilities: Sequence[float] | None,
-) -> tuple[float, ...]:
-    """The utilities after a merge, which sum to 1, from the input up.
-
-    The two versions are read one part at a time.
-
-    Args:
-        before, after: the chains that lead to the version built on and to the new one.
-        trained: the greatest depth of the updates that were merged.
-        utilities: of the version built on; None: uniform.
-    """
-    with ExitStack() as stack:
-        old, new = (
-            [stack.enter_context(read_container(path, "version")) for path in chain]
-            for chain in (before, after)
-        )
-        norms = change_norms(shape, _reader(old), _reader(new), trained)
-    return moved(utilities or [1.0 / shape.layers] * shape.layers, norms)
+_STRIP = 2048
+"""Columns of a factor that are looked at together: what is made of them stays in the cache."""
 
 
-def change_norms(shape: ModelShape, before: Rows, after: Rows, trained: int) -> tuple[float | None, ...]:
-    """u_l of every layer, from the input up; None for those below the ``trained`` top ones."""
-    untouched = shape.layers - trained
-    return tuple(
-        None
-        if layer < untouched
-        else sqrt(fsum(_squared(f"{layer}.{m.name}", before, after) for m in shape.modules))
-        for layer in range(shape.layers)
-    )
+class ProductChanges:
+    """u_l of every layer of a merge whose parts come one at a time, the A of a module before its B."""
+
+    def __init__(self, layers: int) -> None:
+        self._squares: list[list[float]] = [[] for _ in range(layers)]
+        self._a: tuple[str, Floats | None, Floats] | None = None
+
+    def add(self, key: str, before: Floats | None, after: Floats) -> None:
+        """A part as it was and as it is, slot-major; None: it was not there. Heads and folds do not count."""
+        layer = layer_of(key)
+        if layer is None or key.startswith("fold."):
+            return
+        module, _, factor = key.rpartition(".")
+        if factor == "A":
+            self._a = module, before, after
+            return
+        if self._a is None or self._a[0] != module:
+            raise ValueError(f"{key} came without its A")
+        (_, old_a, new_a), self._a = self._a, None
+        left, right = _gram(before, after, change_first=True), _gram(old_a, new_a, change_first=False)
+        self._squares[layer].append(max(0.0, float(np.sum(left * right))))
+
+    def result(self) -> tuple[float, ...]:
+        return tuple(sqrt(fsum(squares)) for squares in self._squares)
+
+
+def _gram(before: Floats | None, after: Floats, *, change_first: bool) -> npt.NDArray[np.float64]:
+    """[change; before] times its transpose; or of [after; change]."""
+    rows, width = after.shape
+    total = np.zeros((2 * rows, 2 * rows))
+    both = np.zeros((2 * rows, min(width, _STRIP)))
+    top, bottom = both[:rows], both[rows:]
+    for start in range(0, width, _STRIP):
+        strip = slice(start, min(width, start + _STRIP))
+        size = strip.stop - start
+        now = after[:, strip]
+        was = 0.0 if before is None else before[:, strip]
+        np.subtract(now, was, out=(top if change_first else bottom)[:, :size], dtype=np.float64)
+        (bottom if change_first else top)[:, :size] = was if change_first else now
+        part = both[:, :size]
+        total += part @ part.T
+    return total
 
 
 def moved(utilities: Sequence[float], norms: Sequence[float | None]) -> tuple[float, ...]:
@@ -100,24 +97,3 @@ def read_utilities(text: str | None) -> tuple[float, ...] | None:
 
 def write_utilities(utilities: Sequence[float]) -> str:
     return msgspec.json.encode(utilities).decode()
-
-
-def _squared(module: str, before: Rows, after: Rows) -> float:
-    a, b = f"{module}.A", f"{module}.B"
-    old_a, old_b = before(a).astype(np.float64), before(b).astype(np.float64)
-    new_a, new_b = after(a).astype(np.float64), after(b).astype(np.float64)
-    left, right = np.vstack([new_b - old_b, old_b]), np.vstack([new_a, new_a - old_a])
-    return max(0.0, float(np.sum((left @ left.T) * (right @ right.T))))
-
-
-def _reader(chain: Sequence[Container]) -> Rows:
-    def rows(key: str) -> Floats:
-        if not chain or key not in chain[0].parts:
-            raise ContainerError(f"the version to compare with has no part {key!r}")
-        found = chain[0].tensor(key)
-        for delta in chain[1:]:
-            if key in delta.parts:
-                delta.add_to(found, key)
-        return found
-
-    return rows

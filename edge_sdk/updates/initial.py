@@ -11,27 +11,26 @@ from edge_sdk.protocol.model import LoraShape, ModelShape
 from edge_sdk.updates.codecs import Floats
 from edge_sdk.updates.keys import Adapter, part_sizes
 
-__all__ = ["initial_adapter", "initial_slots"]
+__all__ = ["initial_adapter", "initial_part", "initial_slots"]
 
 
 def initial_adapter(shape: ModelShape, lora: LoraShape, seed: int) -> Adapter:
-    """A whole adapter. A key's numbers depend on nothing but the seed and the key.
+    """A whole adapter."""
+    return {key: initial_part(shape, lora, seed, key) for key in part_sizes(shape, lora)}
+
+
+def initial_part(shape: ModelShape, lora: LoraShape, seed: int, key: str) -> Floats:
+    """One part. Its numbers depend on nothing but the seed and the key.
 
     A: uniform in ±1/sqrt(in), which is Kaiming's with a = sqrt(5), as peft has it. Of the head: matrices
     normal with deviation 0.02, biases zero, other vectors (the scale of a norm) one.
     """
-    adapter: Adapter = {}
-    vectors = {f"dense.{part.name}" for part in shape.dense if len(part.shape) == 1}
-    for key, size in part_sizes(shape, lora).items():
-        if not key.startswith("dense."):
-            adapter[key] = initial_slots(key, size, seed)
-            continue
-        if key not in vectors:
-            values = _generator(seed, key).normal(0.0, 0.02, size)
-        else:
-            values = np.zeros(size) if key.endswith("bias") else np.ones(size)
-        adapter[key] = values.astype(np.float32)
-    return adapter
+    size = part_sizes(shape, lora)[key]
+    if not key.startswith("dense."):
+        return initial_slots(key, size, seed)
+    if not any(key == f"dense.{part.name}" and len(part.shape) == 1 for part in shape.dense):
+        return _generator(seed, key).normal(0.0, 0.02, size).astype(np.float32)
+    return (np.zeros if key.endswith("bias") else np.ones)(size, np.float32)
 
 
 def initial_slots(key: str, size: tuple[int, int], seed: int, version: int = 0) -> Floats:
