@@ -55,7 +55,7 @@ def measure_machine(
     end = time.monotonic() + seconds
     tell("reading the machine")
     disk = None if config is None else Path(config.agent.state_dir)
-    profile = read_profile(disk=disk, gpus=True, interval_s=_POWER_S)
+    profile = read_profile(disk=disk, gpus=True, wake=True, interval_s=_POWER_S)
     with _asked(config, trainer, compute, end, tell) as answer:
         if not link:
             found = Found.nothing(_LEFT_OUT)

@@ -8,7 +8,7 @@ from edge_sdk.device.files import text_in
 from edge_sdk.device.nvml import gpu_names
 from edge_sdk.device.tegra import tegra_chip
 
-__all__ = ["accelerators"]
+__all__ = ["accelerators", "gpus_sleep"]
 
 
 def accelerators(root: Path) -> tuple[tuple[str, ...], str]:
@@ -30,3 +30,10 @@ def accelerators(root: Path) -> tuple[tuple[str, ...], str]:
     if root == Path("/") and any(Path(node).exists() for node in ("/dev/nvidiactl", "/dev/dxg")):
         return gpu_names()
     return (), "no NVIDIA driver is loaded"
+
+
+def gpus_sleep(root: Path) -> bool:
+    """Whether there are NVIDIA GPUs with memory of their own, and the kernel has switched off all of them."""
+    places = [file.parent.name for file in (root / "proc/driver/nvidia/gpus").glob("*/information")]
+    states = [text_in(root / "sys/bus/pci/devices" / place / "power/runtime_status") for place in places]
+    return bool(states) and all(state == "suspended" for state in states)

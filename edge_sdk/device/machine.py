@@ -16,7 +16,7 @@ from typing import TypeVar
 
 import psutil
 
-from edge_sdk.device.accelerators import accelerators
+from edge_sdk.device.accelerators import accelerators, gpus_sleep
 from edge_sdk.device.cgroups import memory_limits, processor_limit
 from edge_sdk.device.files import number_or_why, text_in, text_or_why
 from edge_sdk.device.heat import temperatures_c, throttling
@@ -32,7 +32,12 @@ _T = TypeVar("_T")
 
 
 def read_profile(
-    root: Path = _ROOT, disk: Path | None = None, *, gpus: bool = False, interval_s: float = 0.0
+    root: Path = _ROOT,
+    disk: Path | None = None,
+    *,
+    gpus: bool = False,
+    wake: bool = False,
+    interval_s: float = 0.0,
 ) -> Profile:
     """Reads the machine.
 
@@ -40,6 +45,8 @@ def read_profile(
         root: where ``proc``, ``sys`` and ``etc`` are looked for.
         disk: a folder on the disk whose space counts; None: ``root``.
         gpus: ask NVML for GPUs with memory of their own, which loads it.
+        wake: also those that sleep, as a laptop's does: asking wakes them, and they draw watts until they
+            sleep again.
         interval_s: to wait for meters that count energy; 0: these are left out.
     """
     reasons: dict[str, str] = {}
@@ -55,7 +62,7 @@ def read_profile(
     known("power_w", (drawn.watts, drawn.why))
     temperatures = known("temperature_c", temperatures_c(root))
     names = known("accelerators", accelerators(root))
-    found = known("gpus", _gpus(root, names, wanted=gpus))
+    found = known("gpus", _gpus(root, names, wanted=gpus, wake=wake))
     charge, no_charge, on_ac, no_supply = battery(root)
     (total, free), no_disk = _disk_mb(disk or root)
     hottest = [*temperatures.values(), *(gpu.temperature_c for gpu in found if gpu.temperature_c is not None)]
@@ -180,10 +187,14 @@ def _shared(root: Path, names: tuple[str, ...]) -> tuple[bool | None, str]:
     return (bool(tegra_chip(root)), "") if names else (None, "there is no accelerator")
 
 
-def _gpus(root: Path, names: tuple[str, ...], *, wanted: bool) -> tuple[tuple[Gpu, ...], str]:
+def _gpus(root: Path, names: tuple[str, ...], *, wanted: bool, wake: bool) -> tuple[tuple[Gpu, ...], str]:
     if not names or tegra_chip(root):
         return (), "no GPU here has memory of its own"
-    return read_gpus() if wanted else ((), "their driver was not asked")
+    if not wanted:
+        return (), "their driver was not asked"
+    if not wake and gpus_sleep(root):
+        return (), "they sleep, and asking would wake them"
+    return read_gpus()
 
 
 def _cores(root: Path) -> int:

@@ -12,13 +12,14 @@ import functools
 import gc
 import logging
 import os
+import sys
 from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
 
 from edge_sdk.protocol.preload import PRELOADED
 
-__all__ = ["allocator_kind", "allocator_word", "cap_heap", "settle_allocator", "trim"]
+__all__ = ["allocator_kind", "allocator_word", "cap_heap", "empty_gpu_cache", "settle_allocator", "trim"]
 
 _log = logging.getLogger(__name__)
 
@@ -108,8 +109,9 @@ def _word() -> str:
 
 
 def trim() -> None:
-    """Collects garbage and gives free pages back to the system."""
+    """Collects garbage and gives free pages back to the system, and a GPU's to its driver."""
     gc.collect()
+    empty_gpu_cache()
     kind, process = allocator_kind(), _process()
     if kind == "mimalloc":
         process.mi_collect(ctypes.c_bool(True))
@@ -120,6 +122,14 @@ def trim() -> None:
         process.mallctl(b"arena.4096.purge", None, None, None, ctypes.c_size_t(0))
     elif hasattr(process, "malloc_trim"):
         process.malloc_trim(ctypes.c_size_t(0))
+
+
+def empty_gpu_cache() -> None:
+    """What torch's CUDA allocator keeps of past trainings looks taken to whoever asks the driver for free
+    memory, as the agent does before it chooses."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def cap_heap(growth_mb: float | None) -> bool:

@@ -36,7 +36,7 @@ from edge_sdk.protocol.trainer import (
     TrainerReply,
     TrainerRequest,
 )
-from edge_sdk.training.allocator import allocator_word
+from edge_sdk.training.allocator import allocator_word, empty_gpu_cache
 from edge_sdk.training.base import gpu_uuid
 from edge_sdk.training.failures import InterruptError, failed
 from edge_sdk.training.lean import keep_lean
@@ -94,7 +94,9 @@ class Engine:
         self._told = 0.0
         failure: Failed | None = None
         try:
-            self._deliver(self._answer(request))
+            reply = self._answer(request)
+            empty_gpu_cache()
+            self._deliver(reply)
         except Exception as error:
             failure = failed(getattr(request, "id", 0), error)
         # only now, with the exception and its frames gone, is the memory of the failed request free

@@ -113,6 +113,21 @@ def test_a_laptop_on_its_battery(tmp_path: Path) -> None:
     assert profile.reasons == {"gpus": "their driver was not asked"}
 
 
+def test_a_gpu_that_sleeps_is_not_woken_to_be_asked(tmp_path: Path) -> None:
+    root = plant("laptop", tmp_path)
+    (place,) = (folder.name for folder in (root / "proc/driver/nvidia/gpus").iterdir())
+    asleep = f"sys/bus/pci/devices/{place}/power/runtime_status"
+    write(root, asleep, "suspended\n")
+    profile = read_profile(root, gpus=True)
+    assert (profile.gpus, profile.reasons["gpus"]) == ((), "they sleep, and asking would wake them")
+    assert profile.accelerators == ("NVIDIA GeForce RTX 3050 Laptop GPU",)
+    for woken in (
+        read_profile(root, gpus=True, wake=True),
+        read_profile(write(root, asleep, "active\n"), gpus=True),
+    ):
+        assert "sleep" not in woken.reasons.get("gpus", "")
+
+
 def test_a_laptop_on_its_supply_counts_energy(tmp_path: Path) -> None:
     root = plant("laptop", tmp_path)
     write(root, "sys/class/power_supply/AC/online", "1\n")

@@ -7,6 +7,7 @@ import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -35,6 +36,7 @@ from edge_sdk.protocol.trainer import (  # noqa: E402
     TrainerReply,
     TrainerRequest,
 )
+from edge_sdk.training.base import gpu_uuid  # noqa: E402
 from edge_sdk.training.inline import InlineTrainer  # noqa: E402
 from edge_sdk.training.words import MECHANISMS  # noqa: E402
 from edge_sdk.updates.container import read_container  # noqa: E402
@@ -418,3 +420,23 @@ def test_rows_are_read_again_when_the_file_changed(bench: Bench, tmp_path: Path)
     with path.open("a") as file:
         file.write(json.dumps({"text": "two", "label": "number"}) + "\n")
     assert bench.describe().label_counts == (1, 1, 0, 0)
+
+
+def test_a_gpus_memory_is_given_back_before_the_answer(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the driver calls free is what the agent chooses by: torch's cache must not lack in it."""
+    given: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given.append(len(bench.replies)))
+    bench.train(candidate={"steps": 1})
+    assert given[-1] == len(bench.replies) - 1 and isinstance(bench.replies[-1], Trained)
+
+
+def test_a_gpu_is_named_as_its_driver_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert gpu_uuid(torch.device("cpu")) == ""
+    for uuid, told in (("1b-2c", "GPU-1b-2c"), ("GPU-1b", "GPU-1b"), (None, "")):
+        monkeypatch.setattr(
+            torch.cuda, "get_device_properties", lambda _, uuid=uuid: SimpleNamespace(uuid=uuid)
+        )
+        assert gpu_uuid(torch.device("cuda", 1)) == told
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace())
+    assert gpu_uuid(torch.device("cuda", 0)) == "", "an older torch does not tell"
