@@ -38,8 +38,8 @@ def resident_key(setup: Setup, folder: Path) -> tuple[object, ...]:
     """What another value of means loading the model again: other files in the base's ``folder`` too."""
     files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
     return (
-        tuple((path.name, _stamp(path)) for path in files), setup.base, setup.task, setup.labels, setup.lora, setup.layers, setup.device,
-        setup.base_precision, setup.base_plan,
+        tuple((path.name, _stamp(path)) for path in files), setup.base, setup.task, setup.labels, setup.lora,
+        setup.layers, setup.device, setup.base_precision, setup.base_plan,
     )  # fmt: skip
 
 
