@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 from aggregator.planner.lessons import Lessons
 from edge_sdk.planning.choice import fits_memory, unpredictable
 from edge_sdk.planning.cost import peak_mb, round_time, update_bytes, version_bytes
+from edge_sdk.planning.memory import BITS, RECOMPUTE
+from edge_sdk.protocol.base_plan import BASE_WORDS
 from edge_sdk.protocol.measure import Fit
 from edge_sdk.protocol.model import LoraShape, ModelShape
 from edge_sdk.protocol.spec import Levers, Setting
@@ -249,8 +251,13 @@ def device_costs(status: Status, work: Work, lessons: Lessons | None = None) -> 
             f"its probe is of batch {fit.micro_batch} and length {fit.max_length}, "
             f"the run's are {work.own.micro_batch} and {work.max_length}"
         )
+    if fit.levers.activation_bits not in BITS or fit.levers.recompute not in RECOMPUTE:
+        raise ValueError(f"its probe is of {fit.levers}, of which nothing is known")
+    held = _base_precision(status.mechanisms)
+    if held not in BASE_WORDS:
+        raise ValueError(f"it holds its base in {held[:32]!r}; known are {', '.join(BASE_WORDS)}")
     for rate in (status.link.up_bps, status.link.down_bps):
-        if rate is not None and 0 < rate < 1:
+        if rate is not None and rate < 1:
             raise ValueError(f"its link of {rate:.3g} bit/s is too slow to predict with")
     return DeviceCosts(
         device=status.device,
@@ -261,7 +268,7 @@ def device_costs(status: Status, work: Work, lessons: Lessons | None = None) -> 
         up_bps=status.link.up_bps,
         down_bps=status.link.down_bps,
         mechanisms=frozenset(status.mechanisms),
-        base_precision=_base_precision(status.mechanisms),
+        base_precision=held,
         work=work,
         lessons=lessons,
     )

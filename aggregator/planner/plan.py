@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from aggregator.methods.base import Method
 from aggregator.planner.candidates import candidates_for
-from aggregator.planner.costs import Situation, Work, device_costs, layer_gains
+from aggregator.planner.costs import DeviceCosts, Situation, Work, device_costs, layer_gains
 from aggregator.planner.lessons import Lessons
 from edge_sdk.config.run import RunConfig
 from edge_sdk.protocol.spec import Candidate
@@ -96,6 +96,13 @@ def plan_round(
         deadline = ALLOWANCE_S if fixed is None else fixed
         return RoundPlan(deadline, deadline / SLACK, {}, excluded)
     allocated = method.allocation.allocate(fleet, situation)
+    if allocated.target_s > LONGEST_S / SLACK and fixed is None:
+        # Who would take longer than any round lasts must not set the pace for the others.
+        slow = _too_slow(fleet, method)
+        if len(slow) < len(fleet):
+            excluded |= slow
+            fleet = [costs for costs in fleet if costs.device not in slow]
+            allocated = method.allocation.allocate(fleet, situation)
     if fixed is not None:
         target, deadline = fixed / SLACK, fixed
     else:
@@ -106,3 +113,15 @@ def plan_round(
         for costs in fleet
     }
     return RoundPlan(deadline, target, candidates, excluded)
+
+
+def _too_slow(fleet: Sequence[DeviceCosts], method: Method) -> dict[str, str]:
+    """Those for whom the quickest of all that they can be offered takes longer than a round may last."""
+    longest, found = LONGEST_S / SLACK, {}
+    for costs in fleet:
+        quickest = min(costs.pair(*one).seconds for one in method.allocation.options(costs, None))
+        if quickest > longest:
+            found[costs.device] = (
+                f"its quickest round would take {quickest:.3g} s, and {longest:.0f} s are the most"
+            )
+    return found

@@ -87,7 +87,10 @@ class Utility:
         scores = _scores(applicants, lot.round)
         new = [one.device for one in applicants if one.device not in scores]
         share = max(_LEAST_EXPLORED, _EXPLORED * _DECAY ** max(0, lot.round - 1))
-        exploring = min(len(new), max(int(share * count), count - len(scores)))
+        places = int(share * count)
+        if not places and lot.draw("", "explore") <= share * count:
+            places = 1  # of few places less than one: by chance, or newcomers would never be asked
+        exploring = min(len(new), max(places, count - len(scores)))
         drawn = _by_lot(new, exploring, lot)
         return sorted([*drawn, *_by_score(scores, count - len(drawn), lot)])
 

@@ -138,7 +138,8 @@ def peak_mb(fit: Fit, shape: ModelShape, lora: LoraShape, setting: Setting) -> f
     scales = _scales(fit, shape, lora, setting.base_precision)
     own = correction(fit, setting)
     factor = fit.peak_factor if own is None else own.peak
-    return factor * max(scales.peak_mb(phase) for phase in phases(shape, lora, setting))
+    peak = max(scales.peak_mb(phase) for phase in phases(shape, lora, setting))
+    return factor * max(0.0, peak)  # a small training may lie in holes of the heap as a whole
 
 
 def correction(fit: Fit, setting: Setting) -> Correction | None:

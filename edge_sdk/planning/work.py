@@ -14,7 +14,7 @@ from functools import cache, lru_cache
 from importlib import resources
 from typing import Any, Literal
 
-from edge_sdk.planning.memory import Targets, kept_values
+from edge_sdk.planning.memory import BITS, Targets, kept_values
 from edge_sdk.protocol.model import LoraShape, ModelShape
 from edge_sdk.protocol.spec import Setting
 
@@ -59,10 +59,14 @@ class Prices:
         return sum(self.seconds[name] * count for name, count in counts.items()) / _GIGA
 
     def pack(self, kernel: str, bits: int, rounding: str) -> float:
-        """For a kernel without a price that of the composed operations: which are priced everywhere."""
+        """For a kernel without a price that of the composed operations: which are priced everywhere.
+
+        For bits without one, which a record from elsewhere may hold, that of the nearest.
+        """
         table = self.packing.get(kernel) or self.packing["composed"]
         extra = self.packing["composed"]["stochastic"] if rounding == "stochastic" else 0.0
-        return (table[str(bits)] + extra) / _GIGA
+        nearest = min(BITS, key=lambda known: abs(known - bits))
+        return (table[str(nearest)] + extra) / _GIGA
 
     def all(self) -> dict[str, float]:
         """Every price by its place in the file."""

@@ -71,6 +71,13 @@ def test_the_unknown_are_explored_often_at_first_and_seldom_later() -> None:
         assert sum(device.startswith("new") for device in selected) == explored
 
 
+def test_newcomers_are_explored_also_where_there_are_few_places() -> None:
+    people = [known(f"d{number:02}", loss=1.0, last_round=1) for number in range(5)] + [Applicant("new")]
+    for count, share in ((1, 0.2), (4, 0.8)):
+        asked = sum("new" in Utility().select(people, count, Lot(3, round)) for round in range(500, 800))
+        assert asked / 300 == pytest.approx(share, abs=0.1)
+
+
 def test_whoever_there_is_fills_the_places() -> None:
     assert len(Utility().select(named(4), 4, Lot(0, 50))) == 4
     people = [known("a", 1.0), known("b", 2.0)]

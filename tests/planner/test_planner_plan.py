@@ -12,7 +12,9 @@ from aggregator.methods.base import Method, find_method
 from aggregator.planner.allocation import ReferenceTime, offered_depths
 from aggregator.planner.plan import ALLOWANCE_S, LONGEST_S, SLACK, TOLERANCE, RoundPlan, plan_round
 from edge_sdk.planning.choice import Budgets, Chosen, choose
-from edge_sdk.protocol.spec import Candidate
+from edge_sdk.planning.cost import step_s
+from edge_sdk.protocol.measure import Link
+from edge_sdk.protocol.spec import Candidate, Levers, Setting
 from edge_sdk.protocol.wire import Status
 
 FEDQUAD, FEDAVG = find_method("fedquad"), find_method("fedavg")
@@ -251,3 +253,25 @@ def test_what_a_device_says_of_itself_cannot_hold_the_run_for_ever() -> None:
     made = plan(a_status(fit=replace(a_fit(), layer_s=1e9)))
     assert made.deadline_s == LONGEST_S and made.target_s < LONGEST_S
     assert plan(a_status(fit=a_fit(), up_bps=5e-324)).excluded["a"].endswith("too slow to predict with")
+
+
+def test_a_device_that_says_nonsense_of_itself_stops_no_plan_for_others() -> None:
+    words = ("activation:int8", "codec:int8")
+    odd = {
+        "bits": a_status("bits", fit=a_fit(levers=Levers(activation_bits=16))),
+        "lever": a_status("lever", fit=a_fit(levers=Levers(recompute="everything"))),
+        "base": a_status("base", fit=a_fit(), mechanisms=(*words, "base:a b\n")),
+        "link": replace(a_status("link", fit=a_fit()), link=Link(up_bps=0.0, source="measured")),
+        "crawls": a_status("crawls", fit=replace(a_fit(), forward_s=1e9)),
+    }
+    good = a_status("ok", fit=a_fit())
+    made, alone = plan(*odd.values(), good), plan(good)
+    assert made.excluded.keys() == odd.keys()
+    assert (made.candidates, made.deadline_s) == (alone.candidates, alone.deadline_s)
+
+
+def test_fits_and_candidates_of_bits_without_a_price_can_be_weighed_after_a_round() -> None:
+    run = a_run()
+    odd = a_fit(levers=Levers(activation_bits=16))
+    at = Setting(depth=1, quantized_layers=1, levers=Levers(activation_bits=3))
+    assert step_s(odd, run.shape, run.lora, at) > 0
