@@ -13,6 +13,7 @@ from edge_sdk.device.capacity import GPU_SYSTEM_MB
 from edge_sdk.errors import MissingExtraError
 from edge_sdk.planning.choice import PrefixRoom
 from edge_sdk.planning.cost import peak_mb
+from edge_sdk.planning.work import prices
 from edge_sdk.protocol.measure import Fit, Link, Memory
 from edge_sdk.protocol.spec import TrainSpec
 from edge_sdk.protocol.trainer import Described
@@ -54,10 +55,7 @@ def memory_now(context: Context, known: Fit | Described, device: str, gpu_uuid: 
     if limit is not None:
         budgets.append(limit - known.rest_mb)
     if free is not None:
-        held = _held_mb(context, known, on_gpu=gpu is not None)
-        budgets.append(free + held - known.rest_mb)
-        if gpu is not None and not context.desk.trainer.loaded:
-            budgets[-1] -= GPU_SYSTEM_MB  # CUDA's own part, which nothing holds yet
+        budgets.append(free + _held_mb(context, known, device, own=gpu is not None) - known.rest_mb)
     return Memory(
         budget_mb=max(0.0, min(budgets, default=0.0)), rest_mb=known.rest_mb, free_mb=free, limit_mb=limit
     )
@@ -88,13 +86,18 @@ def _own_memory(context: Context, device: str) -> int | None:
     return int(index or 0)
 
 
-def _held_mb(context: Context, known: Fit | Described, *, on_gpu: bool) -> float:
-    """What the trainer already holds, and free memory therefore lacks."""
-    trainer = context.desk.trainer
+def _held_mb(context: Context, known: Fit | Described, device: str, *, own: bool) -> float:
+    """What a trainer holds of its rest already, and free memory therefore lacks.
+
+    Of CUDA, be the memory its own or the machine's, rest is what torch allocated there. What the process and
+    CUDA take besides is gone from free memory once they run; until then it is taken off, as assumed
+    elsewhere (``planning.work.prices``, ``device.capacity``).
+    """
+    trainer, on_cuda = context.desk.trainer, device.startswith("cuda")
     if not trainer.loaded:
-        return 0.0
+        return -(GPU_SYSTEM_MB + (0.0 if own else prices().process_mb)) if on_cuda else 0.0
     pid = getattr(trainer, "pid", None)
-    held = None if pid is None or on_gpu else context.machine.process_rss_mb(pid)
+    held = None if pid is None or on_cuda else context.machine.process_rss_mb(pid)
     return known.rest_mb if held is None else held
 
 

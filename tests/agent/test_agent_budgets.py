@@ -11,6 +11,7 @@ from edge_sdk.agent.budgets import keep_rate, link_now, memory_now
 from edge_sdk.agent.link import keep_link
 from edge_sdk.device.capacity import GPU_SYSTEM_MB
 from edge_sdk.errors import MissingExtraError
+from edge_sdk.planning.work import prices
 from edge_sdk.protocol.measure import Link
 
 
@@ -59,7 +60,11 @@ def test_one_pool_is_shared_with_an_integrated_gpu(tmp_path: Path) -> None:
     one.machine.free_mb, one.machine.gpu_mb = 3000, 9000.0
     one.machine.facts["accelerators"] = ("NVIDIA tegra234 (integrated)",)
     memory = memory_now(one.core.context, FIT, "cuda:0")
-    assert (memory.free_mb, memory.budget_mb) == (3000, 2900)
+    taken = GPU_SYSTEM_MB + prices().process_mb  # by a process that does not run yet
+    assert (memory.free_mb, memory.budget_mb) == (3000, 3000 - 100 - taken)
+    one.trainer.loaded, one.trainer.pid, one.machine.rss_mb = True, 1, 1500.0  # type: ignore[attr-defined]
+    memory = memory_now(one.core.context, FIT, "cuda:0")
+    assert memory.budget_mb == 3000, "what the process holds on the host is nothing that training may use"
 
 
 def test_links_are_configured_or_measured(tmp_path: Path) -> None:
