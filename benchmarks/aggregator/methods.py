@@ -6,6 +6,7 @@ from aggregator.planner.allocation import FullDepth
 
 PLAIN = Method(name="full-plain-int8", allocation=FullDepth(), merge=LayerMean(), codec="int8")
 HALF = Method(name="full-fp16", allocation=FullDepth(), merge=LayerMean(), codec="fp16")
+WHOLE = Method(name="full-fp32", allocation=FullDepth(), merge=LayerMean(), codec="fp32")
 METHOD = Method(
     name="full-int8", allocation=FullDepth(), merge=LayerMean(), codec="int8", error_feedback=True
 )
