@@ -203,14 +203,14 @@ class Downloads:
 
         Raises ProtocolError for an object that is no version of the run, or of another size.
         """
-        version = self._find(have.object)
-        if version is None or version.bytes != have.bytes:
-            raise ProtocolError(
-                f"device {device!r} asks for {have.object[:12]}, which is no version of this run"
-            )
         key = device, have.object
         download = self._downloads.get(key)
         if download is None or download.chunk_bytes != have.chunk_bytes:
+            version = self._find(have.object)
+            if version is None or version.bytes != have.bytes:
+                raise ProtocolError(
+                    f"device {device!r} asks for {have.object[:12]}, which is no version of this run"
+                )
             transfer = transfer_id(self._namespace, device, "down", have.object)
             sender = ObjectSender(transfer, self._objects.path(have.object), have.bytes, have.chunk_bytes)
             download = self._downloads[key] = _Download(sender, have.chunk_bytes, now)

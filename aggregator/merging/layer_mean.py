@@ -37,10 +37,12 @@ class Means:
         return {key: self._mean(key, rows) for key, rows in self._before.items()}
 
     def _mean(self, key: str, rows: Floats) -> Doubles:
-        merged = rows.astype(np.float64)
-        weights = self._weights[key]
-        moved = weights[:, 0] > 0
-        merged[moved] += self._totals[key][moved] / weights[moved]
+        """In place of the total, which is of no more use: a copy of a large part is memory."""
+        merged, weights = self._totals.pop(key), self._weights[key]
+        still = weights[:, 0] <= 0
+        merged /= np.where(weights > 0, weights, 1.0)
+        merged += rows
+        merged[still] = rows[still]
         return merged
 
 

@@ -59,6 +59,8 @@ from edge_sdk.transport.base import Connection, Inbound, Will
 __all__ = ["Core"]
 
 _LONGEST_S = 60.0
+_BATCH = 16
+"""Events handled before time is looked at again."""
 
 
 class Core:
@@ -117,6 +119,10 @@ class Core:
             with contextlib.suppress(queue.Empty):
                 if not self.done:
                     self.handle(self.inbox.get(timeout=wait))
+                for _ in range(_BATCH):
+                    if self.done:
+                        break
+                    self.handle(self.inbox.get_nowait())
 
     def pump(self) -> None:
         """Handles what is in the inbox, and what that brings about, without waiting."""
