@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -34,6 +35,7 @@ class Intake:
     """From an announce to a receipt or a refusal.
 
     Args:
+        renews: the merge rule, where it makes all slots anew each round; "": slots go on.
         check: judges a complete container; gives a Refusal, or how large its changes are.
         send: hands a record to a device.
         emit: tells what happened.
@@ -52,6 +54,7 @@ class Intake:
         limit_bytes: int,
         max_samples: int,
         window: int,
+        renews: str,
         check: Callable[[Path, Announce], Refusal | Norms],
         send: Callable[[str, Record], bool],
         emit: Callable[..., None],
@@ -66,6 +69,7 @@ class Intake:
         self._limit_bytes = limit_bytes
         self._max_samples = max_samples
         self._window = window
+        self._renews = renews
         self._check = check
         self._send = send
         self._emit = emit
@@ -140,7 +144,8 @@ class Intake:
         for device in devices:
             upload = self._uploads[device]
             if upload is not None:
-                late = Claim(self._offer(upload.announce), True, self._limit_bytes, self._max_samples, None)
+                row = self._rounds.participations.find(upload.announce.round, device)
+                late = dataclasses.replace(self._claim(row, upload.announce), late=True)
                 refusal = check_announce(upload.announce, late)
                 if refusal is not None:
                     self._refuse(refusal)
@@ -170,14 +175,11 @@ class Intake:
         return Claim(
             offer=None if row is None else msgspec.json.decode(row.offer, type=Offer),
             late=row is not None and row.state not in AWAITED,
+            renewed_by=self._renews if self._rounds.is_late(announce.round) else "",
             limit_bytes=self._limit_bytes,
             max_samples=self._max_samples,
             status=self._fleet.reported(announce.device),
         )
-
-    def _offer(self, announce: Announce) -> Offer | None:
-        row = self._rounds.participations.find(announce.round, announce.device)
-        return None if row is None else msgspec.json.decode(row.offer, type=Offer)
 
     def _finish(self, upload: Upload, now: float) -> None:
         announce = upload.announce

@@ -110,6 +110,7 @@ class Running:
             limit_bytes=int(config.transfer.max_update_mb * 1e6),
             max_samples=config.rounds.max_samples,
             window=config.transfer.window,
+            renews="" if method.merge.keeps_slots else method.merge.name,
             check=self._check,
             send=self._say,
             emit=self.emit,
@@ -269,10 +270,6 @@ class Running:
         judged = self.adapters.check(path, announce, self.rounds.chain(announce.builds_on))
         if isinstance(judged, Refusal):
             return judged
-        rule = self._method.merge
-        if not rule.keeps_slots and self.rounds.is_late(announce.round):
-            late = f"the merge rule {rule.name} makes all slots anew, and round {announce.round} is merged"
-            return refuse(announce, "version", late, "a late update is of slots that are no more")
         too_large = self._norms.too_large(judged, announce.round)
         if too_large is None:
             return judged

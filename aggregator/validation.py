@@ -27,6 +27,8 @@ class Claim:
     """What the device was offered in that round; None: nothing."""
     late: bool
     """The round took its updates without this one."""
+    renewed_by: str
+    """The merge rule that made all slots anew since; "": the slots are still those that it is a change of."""
     limit_bytes: int
     max_samples: int
     status: Status | None
@@ -79,6 +81,14 @@ def check_announce(announce: Announce, claim: Claim) -> Refusal | None:
     offer = claim.offer
     if offer is None:
         return refuse(announce, "round", f"this device was offered nothing in round {announce.round}")
+    if claim.renewed_by:
+        return refuse(
+            announce,
+            "version",
+            f"round {announce.round} was merged without it, and the merge rule {claim.renewed_by} makes all "
+            "slots anew in every round",
+            "what it changes is no more: the device drops it and takes part in the next round",
+        )
     if claim.late:
         return refuse(
             announce,

@@ -91,6 +91,11 @@ class Merge:
 
     def _result(self, before: Mapping[str, Floats], gathering: Gathering) -> dict[str, Doubles]:
         result = {key: _padded(rows, self.sizes[key][0]) for key, rows in gathering.result().items()}
+        for key, rows in before.items():
+            # Weights are relative within a mean. Where all that counts is late, so is what comes of it.
+            freshest = self._updates.freshest.get(key, 1.0)
+            if freshest < 1.0 and key in result:
+                result[key] = rows + freshest * (result[key] - rows)
         if self._rule.reinit != "none" and self._fresh is not None:
             for key, rows in before.items():
                 if key not in result:

@@ -41,6 +41,8 @@ class Updates:
         fingerprints: set[str] = set()
         self.trained: Counter[str] = Counter()
         """Rows that were trained of each part, summed over the updates."""
+        self.freshest: dict[str, float] = {}
+        """Of each part the greatest ``weight``, samples aside, of an update that holds it."""
         checked: deque[ContainerHeader] = deque(maxlen=32)
         for one in contributions:
             container = read_container(one.path, "update", self._forms)
@@ -54,6 +56,8 @@ class Updates:
                 rule.check(container.parts)
                 fingerprints.add(header.fingerprint)
             self.trained.update({key: part.rows for key, part in container.parts.items()})
+            for key in container.parts:
+                self.freshest[key] = max(one.weight, self.freshest.get(key, 0.0))
             weight = one.samples * one.weight
             places[place] = _Place(one.device, header.round, one.path, weight, one.digest)
         if len(fingerprints) > 1:

@@ -70,6 +70,6 @@ def terms_of(config: RunConfig, method: Method) -> Terms:
         devices_per_round=rounds.devices_per_round,
         over_select=rounds.over_select,
         quorum=rounds.quorum,
-        merge_late=rounds.late == "merge",
+        merge_late=rounds.late == "merge" and method.merge.keeps_slots,
         max_staleness=rounds.max_staleness,
     )

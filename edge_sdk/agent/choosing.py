@@ -18,6 +18,17 @@ from edge_sdk.protocol.wire import Choice, Decline, DeclineReason, Offer, Run
 __all__ = ["decline_of", "first_choice", "smaller_choice", "training_setup"]
 
 
+_FOLD = "fold:low-rank"
+
+
+def _lacking(missing: frozenset[str], known: set[str]) -> str:
+    held = sorted(word.removeprefix("base:") for word in known if word.startswith("base:"))
+    told = f"this device lacks {', '.join(sorted(missing))}"
+    if missing == {_FOLD}:
+        told += f": nothing can be folded into a quantized base, and it holds its own in {', '.join(held)}"
+    return told
+
+
 def first_choice(context: Context, joining: Joining, row: RoundRow, now: float) -> Choice | Decline:
     """The best candidate that this device has the mechanisms, memory and time for."""
     run, described, fit = _known(joining)
@@ -27,7 +38,7 @@ def first_choice(context: Context, joining: Joining, row: RoundRow, now: float) 
     if not candidates:
         missing = missing or frozenset().union(*(one.needs() - known for one in offer.candidates))
     if missing:
-        return decline_of(context, row, "mechanism", f"this device lacks {', '.join(sorted(missing))}")
+        return decline_of(context, row, "mechanism", _lacking(missing, known))
     found = choose(
         candidates, fit=fit, budgets=_budgets(context, joining, row, now),
         shape=run.shape, lora=run.lora, spec=offer.spec, down_bytes=_missing_bytes(context, offer),

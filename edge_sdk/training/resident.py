@@ -214,7 +214,8 @@ class Resident:
     def _head_inputs(self, rows: Rows, wanted: Any, batch: int, *, trim: bool = False) -> Any:
         """The head's inputs (rows, hidden), computed for ``wanted`` rows that are not there yet.
 
-        They hold as long as rows and LoRA values are the same, which head-only training leaves alone.
+        They hold as long as rows, LoRA values and what is folded are the same, which head-only training
+        leaves alone.
         """
         lora = self._lora_digest()
         if rows.head_inputs is None or rows.head_inputs[0] != lora:
@@ -231,7 +232,7 @@ class Resident:
         return features
 
     def _lora_digest(self) -> str:
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(self.model.folding.digest.encode())
         for key, parameter in self.model.parts.items():
             if not key.startswith("dense."):
                 digest.update(parameter.detach().cpu().numpy().tobytes())

@@ -28,6 +28,7 @@ MECHANISMS: tuple[str, ...] = (
     "factors:A",
     "factors:AB",
     "factors:B",
+    "fold:low-rank",
     "fold:none",
     "objective:cross_entropy",
     "optimizer:adamw",
@@ -42,6 +43,7 @@ MECHANISMS: tuple[str, ...] = (
     "recompute:layer",
     "recompute:none",
     "recompute:outputs",
+    "reinit:each-round",
     "reinit:none",
     "rounding:nearest",
     "rounding:stochastic",
@@ -49,12 +51,17 @@ MECHANISMS: tuple[str, ...] = (
 )
 
 
+_FOLD = "fold:low-rank"
+_FLOATS = ("fp32", "bf16", "fp16")
+"""Bases that something can be folded into: a packed weight lies on its quantizer's grid."""
 _PAGED = "optimizer:paged-adamw8bit"
 
 
 def mechanisms_of(base_precision: str, device: str = "cpu") -> tuple[str, ...]:
     """The mechanisms of a trainer on ``device`` whose base is held so: what its owner chose, and no other."""
     words = [word for word in MECHANISMS if not word.startswith("base:")]
+    if base_precision not in _FLOATS:
+        words.remove(_FOLD)
     if device.startswith("cuda") and find_spec("bitsandbytes") is not None:
         words.append(_PAGED)
     return tuple(sorted([f"base:{base_precision}", *words]))
@@ -69,6 +76,12 @@ def refuse_missing(spec: TrainSpec, candidate: Candidate | None = None, base_pre
     missing = sorted(set(needs) - set(mechanisms_of(base_precision)) - {_PAGED})
     if spec.dropout:
         missing.append(f"dropout:{spec.dropout}")
+    if missing == [_FOLD]:
+        raise MechanismError(
+            f"the run folds what it learned into the base, and this one is held in {base_precision}: "
+            "quantizing the sum anew would round most of it away",
+            "hold the base in fp32, bf16 or fp16 here, or choose another merge rule in run.toml",
+        )
     if missing:
         raise MechanismError(
             f"this trainer has no mechanism {', '.join(missing)}",

@@ -83,6 +83,21 @@ def test_quorum_closes_at_once_and_the_late_update_counts_in_a_later_round(tmp_p
     assert moved(world, 2) == pytest.approx((2 * 0.01 + weight * 0.05) / (2 + weight), abs=1e-3)
 
 
+def test_a_late_update_that_comes_alone_moves_the_adapter_by_what_it_is_worth(tmp_path: Path) -> None:
+    """In a mean over itself its weight would count for nothing."""
+    world = a_world(tmp_path, total=2, min_devices=2, quorum=0.5)
+    world.open()
+    slow = world.device("slow", updates_left=0, change=0.05)
+    world.device("quick", updates_left=1, change=0.01)
+    world.pump()
+    resume(slow)
+    world.pump()
+    assert rounds_of(world).row.number == 2
+    world.pass_time(101, step=20)
+    assert [(row.device, row.staleness) for row in store_of(world).counted("demo", 2)] == [("slow", 1)]
+    assert moved(world, 2) == pytest.approx(0.05 / sqrt(2), abs=1e-3)
+
+
 def test_the_deadline_ends_the_round_and_not_the_update(tmp_path: Path) -> None:
     world = a_world(tmp_path, total=2, min_devices=2)
     world.open()

@@ -12,6 +12,7 @@ torch = pytest.importorskip("torch")
 from edge_sdk.errors import MechanismError  # noqa: E402
 from edge_sdk.planning.precision import held_bytes  # noqa: E402
 from edge_sdk.protocol.base_plan import BASE_WORDS  # noqa: E402
+from edge_sdk.training.model.folding import refuse_fold  # noqa: E402
 from edge_sdk.training.model.linear import LoraLinear  # noqa: E402
 from edge_sdk.training.precision import kernels, weights  # noqa: E402
 from edge_sdk.training.precision.holding import (  # noqa: E402
@@ -19,7 +20,6 @@ from edge_sdk.training.precision.holding import (  # noqa: E402
     base_precision,
     compute_dtype,
     hold,
-    refuse_fold,
     told,
 )
 from edge_sdk.training.precision.nf4 import LEVELS, Nf4  # noqa: E402

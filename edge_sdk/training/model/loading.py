@@ -19,6 +19,7 @@ from edge_sdk.protocol.model import DensePart, LoraModule, LoraShape, ModelShape
 from edge_sdk.training.allocator import trim
 from edge_sdk.training.model.building import build_empty, read_config
 from edge_sdk.training.model.checkpoint import Checkpoint, Entry, assign_names
+from edge_sdk.training.model.folding import BaseWeight
 from edge_sdk.training.model.frozen import FP32, BasePrecision, EmbeddingWeight, FrozenEmbedding, FrozenLinear
 from edge_sdk.training.model.heads import (
     check_causal,
@@ -28,7 +29,14 @@ from edge_sdk.training.model.heads import (
     single_precision,
 )
 from edge_sdk.training.model.linear import LoraLinear
-from edge_sdk.training.model.structure import find_layers, form_of, linears_of, lora_modules, turned
+from edge_sdk.training.model.structure import (
+    find_layers,
+    form_of,
+    is_transposed,
+    linears_of,
+    lora_modules,
+    turned,
+)
 from edge_sdk.training.model.tunable import TunableModel
 from edge_sdk.training.precision.weights import Dense, FrozenWeight
 
@@ -98,6 +106,7 @@ def load_model(
     model = TunableModel(
         net, shape, lora, stack, linears, parts, torch.device(device),
         task=task, precision=precision.word, attention=attention,
+        sources={key: filling.sources[key] for key in linears},
     )  # fmt: skip
     if task == "causal-lm":
         output = net.get_output_embeddings()
@@ -161,6 +170,8 @@ class _Filling:
             for linear in linears_of(layer)
         }
         self._held: dict[str, FrozenWeight] = {}
+        self.sources: dict[str, BaseWeight] = {}
+        """Where the linears' weights lie in the checkpoint, by layer and name."""
         self._tied: dict[str, list[str]] = defaultdict(list)
         """By each name all names of the same tensor."""
         groups: dict[int, list[str]] = defaultdict(list)
@@ -176,6 +187,7 @@ class _Filling:
         for place, entry in sorted(found.items(), key=lambda kv: (kv[1].path, kv[1].tensor.begin)):
             wanted = tuple(_tensor(self.net, place).shape)
             if entry.tensor.shape == wanted:
+                self._note(place, entry)
                 self._put(place, entry.read().to(self.device))
             elif not is_head(self.net, place):
                 raise BaseModelError(
@@ -184,6 +196,12 @@ class _Filling:
                     "config.json belongs to another model",
                 )
         return self._begin_head(checkpoint)
+
+    def _note(self, place: str, entry: Entry) -> None:
+        owner, last = _owner(self.net, place)
+        if last == "weight" and id(owner) in self._linears:
+            key = _key(*self._linears[id(owner)])
+            self.sources[key] = BaseWeight(entry, is_transposed(owner))
 
     def _untie(self, found: dict[str, Entry]) -> None:
         """Tensors that the config ties and the checkpoint has twice stay tied where they are the same."""

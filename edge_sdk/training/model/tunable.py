@@ -7,7 +7,7 @@ and the dense parts of the head, (rows, rest).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import nn
 
 from edge_sdk.errors import BaseModelError, ContainerError
 from edge_sdk.protocol.model import LoraShape, ModelShape
+from edge_sdk.training.model.folding import FOLD, BaseWeight, Folding
 from edge_sdk.training.model.heads import base_of, reads_last, run_head
 from edge_sdk.training.model.linear import LoraLinear
 from edge_sdk.training.precision.weights import FrozenWeight
@@ -39,6 +40,8 @@ class TunableModel:
         attention: ``edge`` (inside the activation store), ``sdpa`` or ``eager``.
         blocks: what was found and exchanged inside the layers, as told by ``install_blocks``.
         output_weight: of a causal language model: the output layer, (vocabulary, hidden), frozen.
+        sources: where the frozen weights of ``linears`` lie in the base's files.
+        folding: what the present version has folded into them.
     """
 
     net: Any
@@ -54,6 +57,8 @@ class TunableModel:
     blocks: Any = None
     output_weight: FrozenWeight | None = None
     output_bias: Any = None
+    sources: dict[str, BaseWeight] = field(default_factory=dict)
+    folding: Folding = field(default_factory=Folding)
 
     def check_length(self, max_length: int) -> None:
         """Raises BaseModelError where the model has no positions for so many tokens."""
@@ -136,10 +141,13 @@ class TunableModel:
         return found
 
     def set_adapter(self, adapter: Adapter) -> None:
-        """Copies every part into the model, exactly, and ends what ``tune`` began in the layers.
+        """Copies every part into the model, exactly, and ends what ``tune`` began in the layers. What the
+        version has folded into the base comes into its weights.
 
-        Raises ContainerError where parts or shapes differ.
+        Raises ContainerError where parts or shapes differ, MechanismError for folds where the base is
+        quantized.
         """
+        whole, adapter = adapter, {key: rows for key, rows in adapter.items() if not key.startswith(FOLD)}
         if adapter.keys() != self.parts.keys():
             odd = sorted(adapter.keys() ^ self.parts.keys())
             raise ContainerError(
@@ -151,6 +159,7 @@ class TunableModel:
             if given != stored:
                 raise ContainerError(f"part {key} is {given}, the model's is {stored}")
         self.tune(0)
+        self.folding.become(whole, self.linears, self.sources)
         with torch.no_grad():
             for key, parameter in self.parts.items():
                 value = torch.tensor(adapter[key], dtype=torch.float32)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -17,7 +17,7 @@ from edge_sdk.training.precision.nf4 import Nf4
 from edge_sdk.training.precision.two_bit import TwoBit
 from edge_sdk.training.precision.weights import Dense, FrozenWeight
 
-__all__ = ["available", "base_precision", "compute_dtype", "hold", "refuse_fold", "told"]
+__all__ = ["available", "base_precision", "compute_dtype", "hold", "told"]
 
 _FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _PACKED: dict[str, Callable[[Any, Any], FrozenWeight]] = {
@@ -123,18 +123,3 @@ def told(word: str, device: Any) -> str:
         return word
     of = "nf4" if word == "plan" else word
     return f"{word} by {kernels.implementation(of, torch.device(device))}"
-
-
-def refuse_fold(weights: Sequence[FrozenWeight]) -> None:
-    """Raises MechanismError where an adapter cannot be folded into the base.
-
-    A packed weight lies on its quantizer's grid: what a low-rank update adds is mostly smaller than a step of
-    the grid, so that quantizing the sum anew rounds it away and returns another error instead.
-    """
-    for weight in weights:
-        if not isinstance(weight, Dense):
-            raise MechanismError(
-                f"an adapter cannot be folded into a base held in {weight.word}: quantizing the sum anew "
-                "would round most of it away",
-                "keep the adapter beside the base, or fold it into the unquantized one",
-            )
