@@ -108,6 +108,9 @@ class Adapters:
             VersionWriter(path, header) as writer,
         ):
             for key, was, becomes in merge.parts():
+                # Weights are relative within a mean: where all of it is late, it is so as a whole.
+                if was is not None and (freshest := merge.freshest(key)) < 1:
+                    becomes = was + freshest * (becomes - was)
                 if stepping is not None and was is not None:
                     becomes = stepping.step(key, was, becomes)
                 rows = writer.write(key, was, becomes.astype(np.float32))

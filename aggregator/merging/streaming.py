@@ -77,6 +77,10 @@ class Merge:
         }
         """Rows and width of every part that changes, as they will be."""
 
+    def freshest(self, key: str) -> float:
+        """The greatest ``weight`` of a contribution that trained the part."""
+        return self._updates.freshest.get(key, 1.0)
+
     def parts(self) -> Iterator[tuple[str, Floats | None, Doubles]]:
         """Every part that changes: its key, how it was, and how it becomes."""
         for block in self._blocks():
@@ -91,11 +95,6 @@ class Merge:
 
     def _result(self, before: Mapping[str, Floats], gathering: Gathering) -> dict[str, Doubles]:
         result = {key: _padded(rows, self.sizes[key][0]) for key, rows in gathering.result().items()}
-        for key, rows in before.items():
-            # Weights are relative within a mean. Where all that counts is late, so is what comes of it.
-            freshest = self._updates.freshest.get(key, 1.0)
-            if freshest < 1.0 and key in result:
-                result[key] = rows + freshest * (result[key] - rows)
         if self._rule.reinit != "none" and self._fresh is not None:
             for key, rows in before.items():
                 if key not in result:

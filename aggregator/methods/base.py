@@ -16,7 +16,7 @@ from edge_sdk.config.run import RunConfig
 from edge_sdk.errors import ConfigError, EdgeError, MechanismError
 from edge_sdk.protocol.spec import Levers, TrainSpec
 
-__all__ = ["BUILT_IN", "GROUP", "Method", "find_method", "method_names"]
+__all__ = ["BUILT_IN", "GROUP", "UNQUANTIZED", "Method", "find_method", "method_names"]
 
 GROUP = "edge_sdk.methods"
 """Entry point group in which other packages offer methods."""
@@ -25,7 +25,7 @@ BUILT_IN = {
     "fedavg": "aggregator.methods.fedavg:METHOD",
     "fedquad": "aggregator.methods.fedquad:METHOD",
 }
-_UNQUANTIZED = ("fp32", "bf16", "fp16")
+UNQUANTIZED = ("fp32", "bf16", "fp16")
 _PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*\Z")
 
 
@@ -98,11 +98,11 @@ class Method:
                 f"the server optimizer {self.server_optimizer.name} with the merge rule {rule.name}",
                 "its state belongs to slots, and that rule makes all slots anew: set it to none",
             )
-        if rule.fold != "none" and self.base_precision not in (None, *_UNQUANTIZED):
+        if rule.fold != "none" and self.base_precision not in (None, *UNQUANTIZED):
             yield (
                 f"the merge rule {rule.name}, which folds, with a base in {self.base_precision}",
                 "a fold is added to a base's weights, and a quantized base has none: use "
-                + " or ".join(_UNQUANTIZED),
+                + " or ".join(UNQUANTIZED),
             )
 
     def spec(self, config: RunConfig) -> TrainSpec:

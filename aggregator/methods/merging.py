@@ -6,7 +6,7 @@ import dataclasses
 
 from aggregator.find import find
 from aggregator.merging.base import MergeRule
-from aggregator.methods.base import Method, find_method
+from aggregator.methods.base import UNQUANTIZED, Method, find_method
 from aggregator.server_optimizers.base import ServerOptimizer
 from edge_sdk.config.run import MergeSection, RunConfig
 from edge_sdk.errors import ConfigError, MechanismError
@@ -47,6 +47,13 @@ def method_of(config: RunConfig) -> Method:
         raise MechanismError(
             f"the buffered schedule does not go with the merge rule {method.merge.name}",
             "its updates are of older versions, and that rule makes all slots anew: use the synchronous one",
+        )
+    held, _ = config.trainer.base_held()
+    if method.fold != "none" and config.evaluation is not None and held not in UNQUANTIZED:
+        raise MechanismError(
+            f"trainer.base_precision is {held!r}, and the rule {method.merge.name} folds into the base: "
+            "the server could evaluate none of its versions",
+            f"set trainer.base_precision to {' or '.join(UNQUANTIZED)}, or take [evaluation] out",
         )
     return dataclasses.replace(method, server_optimizer=_optimizer(method.server_optimizer, section))
 

@@ -191,7 +191,7 @@ path = <BASE>
 
 [merge]
 # rule = "layer-mean"      # how updates become the next version; rank-one, product-svd (exact products, slow
-#                          # for wide models), stacking (needs devices that fold); see docs/merging.md
+#                          # for wide models), stacking (base in fp32 or 16 bits); see docs/merging.md
 # server_optimizer = "none"  # fedavgm, fedadam: go along the merged change with momentum; they keep one and
 #                          # two values a parameter on the server
 # server_learning_rate = 1.0  # of the server optimizer, as the next three; by default its own

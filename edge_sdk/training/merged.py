@@ -1,6 +1,7 @@
 """A version folded into its base: an ordinary transformers folder, read and written one tensor at a time.
 
-W' = W + scaling · B A, computed in fp32, kept in the dtype that the base has on disk
+W' = W + scaling · (B A + F), computed in fp32, kept in the dtype that the base has on disk; F is what the
+run's merge rule folded into the base, where it does.
 """
 
 from __future__ import annotations
@@ -62,15 +63,8 @@ def write_merged(
     """Writes config, weights, tokenizer and a model card; replaces an older folder at once.
 
     Raises BaseModelError for a base that is quantized or not the version's, ContainerError for a version that
-    is not whole, or has parts that its merge rule folded into the base already.
+    is not whole.
     """
-    folded = sorted(key for key in version.sizes if key.startswith("fold."))
-    if folded:
-        raise ContainerError(
-            f"the version has {len(folded)} parts folded into the base, {folded[0]!r} the first, "
-            "which a merged model would lack",
-            "export a version of a run whose merge rule folds nothing",
-        )
     checkpoint = Checkpoint.open(base)
     config = read_config(base, labels, task)
     net, _ = build_empty(config, base, task)
@@ -175,13 +169,18 @@ def _values(place: _Place, version: VersionChain, lora: LoraShape) -> Any:
     if place.module is None:
         return values
     key = f"{place.layer}.{place.module.name}"
-    a, b = (torch.from_numpy(version.tensor(f"{key}.{factor}")) for factor in "AB")  # B lies transposed
-    change = a.T @ b if place.module.transposed else b.T @ a
-    if change.shape != values.shape:
-        raise ContainerError(
-            f"the version changes {key!r} by {tuple(change.shape)}, the base has {tuple(values.shape)}"
-        )
-    return values.float().add_(change, alpha=lora.scaling)
+    values = values.float()
+    for slots in (key, f"fold.{key}"):
+        if f"{slots}.A" in version.sizes or slots == key:
+            a, b = (torch.from_numpy(version.tensor(f"{slots}.{factor}")) for factor in "AB")
+            change = a.T @ b if place.module.transposed else b.T @ a  # B lies transposed
+            if change.shape != values.shape:
+                raise ContainerError(
+                    f"the version changes {key!r} by {tuple(change.shape)}, the base has "
+                    f"{tuple(values.shape)}"
+                )
+            values.add_(change, alpha=lora.scaling)
+    return values
 
 
 def _count(shape: tuple[int, ...]) -> int:

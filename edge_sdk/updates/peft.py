@@ -1,7 +1,8 @@
 """A version as a PEFT adapter: a folder that ``PeftModel.from_pretrained`` loads on the base model.
 
 Every layer carries LoRA, those never trained with B zero, so that the folder is regular whatever depths
-the devices had.
+the devices had. What a merge rule folded into the base are more slots of its module, whose rank and alpha
+then stand in the config's patterns.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def write_peft(
     building = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
         save_file(tensors, building / "adapter_model.safetensors", metadata={"format": "pt"})
-        config = json.dumps(_config(shape, lora, base, task), indent=2, sort_keys=True)
+        config = json.dumps(_config(shape, lora, base, task, adapter), indent=2, sort_keys=True)
         (building / "adapter_config.json").write_text(config + "\n")
         if labels:
             (building / "labels.json").write_text(json.dumps(list(labels), indent=2) + "\n")
@@ -86,20 +87,14 @@ def _tensors(adapter: Adapter, shape: ModelShape, lora: LoraShape) -> dict[str, 
                 f"part {key!r} of the adapter must be {size[0]} x {size[1]}, "
                 f"received {'nothing' if found is None else ' x '.join(map(str, found))}"
             )
-    folded = sorted(key for key in adapter if key.startswith("fold."))
-    if folded:
-        raise ContainerError(
-            f"the version has {len(folded)} parts folded into the base, {folded[0]!r} the first, "
-            f"for which a PEFT adapter of rank {lora.rank} has no room",
-            "export a version of a run whose merge rule folds nothing",
-        )
     tensors: dict[str, Floats] = {}
     for layer in range(shape.layers):
         for key in lora_keys(shape, layer):
             module, _, factor = key.split(".", 1)[1].rpartition(".")
-            rows = adapter[key] if factor == "A" else adapter[key].T
+            slots = [adapter[key], *([adapter[fold]] if (fold := f"fold.{key}") in adapter else ())]
+            rows = np.concatenate(slots)
             name = f"base_model.model.{shape.layer_path}.{layer}.{module}.lora_{factor}.weight"
-            tensors[name] = np.ascontiguousarray(rows)
+            tensors[name] = np.ascontiguousarray(rows if factor == "A" else rows.T)
     for part in shape.dense:
         tensors[f"base_model.model.{part.name}"] = np.ascontiguousarray(
             adapter[f"dense.{part.name}"].reshape(part.shape)
@@ -107,7 +102,13 @@ def _tensors(adapter: Adapter, shape: ModelShape, lora: LoraShape) -> dict[str, 
     return tensors
 
 
-def _config(shape: ModelShape, lora: LoraShape, base: str, task: str) -> dict[str, object]:
+def _config(shape: ModelShape, lora: LoraShape, base: str, task: str, adapter: Adapter) -> dict[str, object]:
+    ranks = {
+        f"{shape.layer_path}.{layer}.{module.name}": lora.rank + len(adapter[fold])
+        for layer in range(shape.layers)
+        for module in shape.modules
+        if (fold := f"fold.{layer}.{module.name}.A") in adapter
+    }
     modules = "|".join(re.escape(module.name) for module in shape.modules)
     return {
         "peft_type": "LORA",
@@ -115,6 +116,9 @@ def _config(shape: ModelShape, lora: LoraShape, base: str, task: str) -> dict[st
         "base_model_name_or_path": base,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
+        # the same scaling for every slot: alpha over rank
+        "rank_pattern": ranks,
+        "alpha_pattern": {module: lora.scaling * rank for module, rank in ranks.items()},
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": any(module.transposed for module in shape.modules),

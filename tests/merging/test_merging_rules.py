@@ -87,19 +87,6 @@ def test_a_rule_that_is_not_there_is_told_with_those_that_are():
     assert "did you mean 'layer-mean'" in error.value.hint
 
 
-def test_where_all_is_late_the_mean_counts_by_the_least_late_of_each_part(tmp_path):
-    current = adapter()
-    one = {key: np.full_like(rows, 1.0) for key, rows in current.items()}
-    two = {B: np.full_like(current[B], 4.0)}
-    made = [contribute(tmp_path, one, "x", 10, weight=0.5), contribute(tmp_path, two, "y", 10, weight=0.25)]
-    after = merge_adapter(LayerMean(), current, made)
-    np.testing.assert_allclose(after[A] - current[A], 0.5, atol=1e-6)
-    np.testing.assert_allclose(after[B] - current[B], 0.5 * (0.5 * 1 + 0.25 * 4) / 0.75, atol=1e-6)
-    fresh = contribute(tmp_path, {A: np.full_like(current[A], 3.0)}, "z", 10)
-    after = merge_adapter(LayerMean(), current, [*made, fresh])
-    np.testing.assert_allclose(after[A] - current[A], (0.5 * 1 + 3) / 1.5, atol=1e-6)
-
-
 # Rank-1
 
 

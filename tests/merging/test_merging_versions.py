@@ -22,7 +22,15 @@ from aggregator.methods.merging import method_of
 from aggregator.server_optimizers.fedadam import FedAdam
 from aggregator.server_optimizers.fedavgm import FedAvgM
 from aggregator.state.base import ParticipationRow, VersionRow
-from edge_sdk.config.run import MergeSection, RoundsSection, RunBaseSection, RunConfig, RunSection
+from edge_sdk.config.agent import DataSection, TrainerSection
+from edge_sdk.config.run import (
+    EvaluationSection,
+    MergeSection,
+    RoundsSection,
+    RunBaseSection,
+    RunConfig,
+    RunSection,
+)
 from edge_sdk.errors import ConfigError, ContainerError, MechanismError
 from edge_sdk.transport.objects import ObjectStore
 from edge_sdk.updates.container import read_container
@@ -96,6 +104,24 @@ def test_a_full_version_is_followed_by_deltas_until_the_next_one(tmp_path):
     full, delta = server.rows[0].bytes, server.rows[1].bytes
     with read_container(server.paths(1)[-1]) as container:
         assert container.header.codec == "int8" and delta < full
+
+
+def test_where_all_that_trained_a_part_is_late_it_moves_by_the_least_late(tmp_path):
+    server = Server(tmp_path / "s", full_every=1)
+    before = read_adapter(server.paths())
+    late, later = server.update("a", 1), server.update("b", 1, depth=1)
+    rows = [replace(late, weight=0.5), replace(later, weight=0.25)]
+    server.add(server.adapters.merged(1, 1, server.chain(), rows))
+    after = read_adapter(server.paths())
+    with (
+        read_container(server.objects.path(late.object)) as one,
+        read_container(server.objects.path(later.object)) as other,
+    ):
+        for key, was in before.items():
+            mean = one.tensor(key)
+            if key in other.parts:
+                mean = (0.5 * mean + 0.25 * other.tensor(key)) / 0.75
+            np.testing.assert_allclose(after[key] - was, 0.5 * mean, rtol=1e-3, atol=2e-4)
 
 
 def test_every_holder_has_the_bits_that_the_server_went_on_from(tmp_path):
@@ -189,7 +215,7 @@ def test_rows_that_nobody_changed_rest_and_their_momentum_waits(tmp_path):
     assert states[0].any() and states[0].tobytes() == states[1].tobytes()
 
 
-def test_a_version_with_a_fold_is_a_full_one_and_no_peft_adapter(tmp_path):
+def test_a_version_with_a_fold_is_a_full_one_and_its_export_has_more_slots(tmp_path):
     server = Server(tmp_path / "s", Stacking())
     server.round()
     server.round(depth=1)
@@ -197,8 +223,12 @@ def test_a_version_with_a_fold_is_a_full_one_and_no_peft_adapter(tmp_path):
     assert server.rows[2].parent is None and adapter["fold.0.output.dense.A"].shape == (8, 32)
     assert adapter["fold.2.output.dense.A"].shape == (16, 32)
     assert not any(rows.any() for key, rows in adapter.items() if key.endswith(".B") and key[0].isdigit())
-    with pytest.raises(ContainerError, match="folded into the base"):
-        write_peft(tmp_path / "out", adapter, shape=SHAPE, lora=RUN.lora, base="b", labels=RUN.labels)
+    out = write_peft(tmp_path / "out", adapter, shape=SHAPE, lora=RUN.lora, base="b", labels=RUN.labels)
+    config = json.loads((out / "adapter_config.json").read_text())
+    name = f"{SHAPE.layer_path}.2.output.dense"
+    rank = RUN.lora.rank + 16
+    assert config["rank_pattern"][name] == rank
+    assert config["alpha_pattern"][name] == pytest.approx(RUN.lora.scaling * rank)
 
 
 # What is refused together
@@ -249,6 +279,16 @@ def test_a_delta_goes_no_further_than_a_full_version_can_follow(tmp_path):
     ):
         one.write("dense.w", rows, rows + 6e4)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_server_that_holds_its_base_quantized_cannot_evaluate_folds():
+    quantized = msgspec.structs.replace(
+        config(rule="stacking"), trainer=TrainerSection(base_precision="int8"),
+        evaluation=EvaluationSection(data=DataSection(path="/rows")),
+    )  # fmt: skip
+    with pytest.raises(MechanismError, match=r"trainer\.base_precision is 'int8'"):
+        method_of(quantized)
+    method_of(msgspec.structs.replace(quantized, evaluation=None))
 
 
 def test_a_fold_into_a_quantized_base_is_refused():

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.train
 
 from families import make_base  # noqa: E402
 
-from edge_sdk.errors import BaseModelError, ContainerError  # noqa: E402
+from edge_sdk.errors import BaseModelError  # noqa: E402
 from edge_sdk.protocol.model import LoraShape  # noqa: E402
 from edge_sdk.training.merged import write_merged  # noqa: E402
 from edge_sdk.training.model import load_model  # noqa: E402
@@ -23,11 +23,14 @@ LORA = LoraShape(rank=2, alpha=4.0)
 
 
 def a_version(folder, shape):
-    """A version in which every part of B and of the head is something."""
+    """A version in which every part of B and of the head is something, and one module has a fold."""
     adapter = initial_adapter(shape, LORA, seed=2)
     draw = torch.Generator().manual_seed(5)
     for key, rows in adapter.items():
         adapter[key] = rows + 0.1 * torch.randn(rows.shape, generator=draw).numpy()
+    module = shape.modules[-1]
+    for factor, width in (("A", module.inputs), ("B", module.outputs)):
+        adapter[f"fold.1.{module.name}.{factor}"] = 0.1 * torch.randn(5, width, generator=draw).numpy()
     path = folder / "version.safetensors"
     held = write_version(path, run="r", round=1, number=1, fingerprint="a" * 64, adapter=adapter)
     return VersionChain([path]), held
@@ -88,20 +91,6 @@ def test_a_quantized_base_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BaseModelError, match="quantized"):
         write_merged(
             tmp_path / "merged", base, version, shape=model.shape, lora=LORA, labels=("a", "b", "c"),
-            task="classification",
-        )  # fmt: skip
-    assert not (tmp_path / "merged").exists()
-
-
-def test_what_a_merge_rule_folded_is_not_left_out_unsaid(tmp_path: Path) -> None:
-    base = tmp_path / "base"
-    make_base("bert", "classification", base)
-    model = load_model(base, ("a", "b"), LORA, "cpu")
-    version, _ = a_version(tmp_path, model.shape)
-    version.sizes["fold.0.attention.self.query.A"] = (4, 16)
-    with pytest.raises(ContainerError, match="folded into the base"):
-        write_merged(
-            tmp_path / "merged", base, version, shape=model.shape, lora=LORA, labels=("a", "b"),
             task="classification",
         )  # fmt: skip
     assert not (tmp_path / "merged").exists()

@@ -74,12 +74,20 @@ def test_the_library_loads_it_and_computes_the_same(tmp_path, family):
     start = initial_adapter(shape, LORA, 5)
     # ragged: the bottom layer was never trained, so its B is zero
     adapter = moved(start, tuned_keys(shape, 2), seed=1, size=0.2)
+    folded = f"1.{shape.modules[0].name}"
+    for factor in "AB":
+        width = adapter[f"{folded}.{factor}"].shape[1]
+        adapter[f"fold.{folded}.{factor}"] = np.random.default_rng(3).normal(
+            0, 0.3, (5, width)
+        ).astype(np.float32)  # fmt: skip
     merged = copy.deepcopy(base)
     state = merged.state_dict()
     for layer in range(3):
         for module in shape.modules:
             a, b = (torch.from_numpy(adapter[f"{layer}.{module.name}.{f}"]) for f in "AB")
             state[f"{shape.layer_path}.{layer}.{module.name}.weight"] += LORA.scaling * (b.T @ a)
+    a, b = (torch.from_numpy(adapter[f"fold.{folded}.{f}"]) for f in "AB")
+    state[f"{shape.layer_path}.{folded}.weight"] += LORA.scaling * (b.T @ a)
     for part in shape.dense:
         state[part.name].copy_(torch.from_numpy(adapter[f"dense.{part.name}"]).reshape(part.shape))
     ids = torch.randint(1, 40, (4, 12))
