@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from aggregator.methods.base import Method
 from aggregator.planner.costs import DeviceCosts, Pair, Situation, Work
+from edge_sdk.planning.choice import STEP_DOWN_MARGIN
 from edge_sdk.protocol.spec import Candidate
 
 __all__ = ["MOST", "OTHERS", "candidates_for"]
@@ -15,7 +16,7 @@ MOST = 12
 """Candidates of an offer."""
 
 OTHERS = 4
-"""Of them, those with another lever than the method's, or with fewer steps."""
+"""Of them, those with another lever than the method's, or with fewer steps, or the least of all."""
 
 
 def candidates_for(
@@ -57,7 +58,8 @@ def _pairs(costs: DeviceCosts, method: Method, recommended: Pair | None) -> list
     others = list(_others(costs, recommended))
     if recommended is not None and recommended not in pairs:
         others = [recommended, *(pair for pair in others if pair != recommended)]
-    others = others[:OTHERS]
+    least = _least(costs, recommended, [*pairs, *others])
+    others = [*others[: OTHERS - len(least)], *least]
     return pairs[: MOST - len(others)] + others
 
 
@@ -74,6 +76,23 @@ def _others(costs: DeviceCosts, recommended: Pair | None) -> Iterator[Pair]:
         half = costs.shortened(recommended, recommended.seconds - 0.5 * recommended.train_s)
         if half is not None:
             yield half
+
+
+def _least(costs: DeviceCosts, recommended: Pair | None, offered: Sequence[Pair]) -> list[Pair]:
+    """One layer in the way that takes least, to step down to, where nothing else on offer takes as little.
+
+    Not for those who have memory for all layers and are recommended more than the smallest: they have others.
+    """
+    work = costs.work
+    if len(work.ways) == 1:
+        return []
+    if recommended is not None and recommended.depth > 1 and costs.fits(work.shape.layers, 0):
+        return []
+    known = [costs.pair(1, a, way) for way in work.ways for a in (0, 1) if costs.knows(1, a, way)]
+    least = min(known, key=lambda pair: pair.peak_mb, default=None)
+    if least is None or least.peak_mb > (1 - STEP_DOWN_MARGIN) * min(pair.peak_mb for pair in offered):
+        return []
+    return [least]
 
 
 def _deepest(costs: DeviceCosts, number: int) -> Pair | None:

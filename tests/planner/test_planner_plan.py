@@ -11,7 +11,7 @@ from planner_cases import a_config, a_fit, a_run, a_status
 from aggregator.methods.base import Method, find_method
 from aggregator.planner.allocation import ReferenceTime, offered_depths
 from aggregator.planner.plan import ALLOWANCE_S, LONGEST_S, SLACK, TOLERANCE, RoundPlan, plan_round
-from edge_sdk.planning.choice import Budgets, Chosen, choose
+from edge_sdk.planning.choice import Budgets, Chosen, choose, step_down
 from edge_sdk.planning.cost import step_s
 from edge_sdk.protocol.measure import Link
 from edge_sdk.protocol.spec import Candidate, Levers, Setting
@@ -275,3 +275,22 @@ def test_fits_and_candidates_of_bits_without_a_price_can_be_weighed_after_a_roun
     odd = a_fit(levers=Levers(activation_bits=16))
     at = Setting(depth=1, quantized_layers=1, levers=Levers(activation_bits=3))
     assert step_s(odd, run.shape, run.lora, at) > 0
+
+
+@pytest.mark.parametrize("deadline_s", [None, 1.6 * SLACK])
+@pytest.mark.parametrize("budget_mb", [40.0, 60.0, 10_000.0])
+def test_whoever_takes_the_smallest_has_something_to_step_down_to(
+    deadline_s: float | None, budget_mb: float
+) -> None:
+    """Half a batch at a time takes least, where the method allows of it."""
+    status, run = a_status(fit=a_fit(), budget_mb=budget_mb), a_run()
+    made = plan(status, deadline_s=deadline_s)
+    offer = made.candidates["a"]
+    assert len(offer) <= 12
+    budgets = Budgets(budget_mb, made.target_s, latest_s=made.deadline_s)
+    known = {"fit": a_fit(), "shape": run.shape, "lora": run.lora, "spec": run.spec, "down_bytes": 0}
+    first = choose(offer, budgets=budgets, **known)  # type: ignore[arg-type]
+    assert isinstance(first, Chosen)
+    budgets = Budgets(budget_mb, latest_s=made.deadline_s)
+    then = step_down(offer, first.candidate, budgets=budgets, **known)  # type: ignore[arg-type]
+    assert then is not None and then.candidate.peak_mb <= 0.9 * first.candidate.peak_mb
