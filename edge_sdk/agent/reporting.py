@@ -85,6 +85,7 @@ def live_state(
         "reason": context.gate or "",
         "joined": joining.ready,
         "trouble": joining.trouble,
+        "corrections": () if joining.fit is None else msgspec.to_builtins(joining.fit.corrections),
         "state": rounds.state,
         "trainer": context.desk.task or ("loaded" if context.desk.trainer.loaded else "unloaded"),
         "error": None if error is None else error.message,
@@ -119,7 +120,7 @@ def folder_status(config: AgentConfig, clock: Clock | None = None) -> dict[str, 
     try:
         run = record.run
         live = msgspec.json.decode(record.get("live") or "{}")
-        status.update(reason="", trouble="")
+        status.update(reason="", trouble="", corrections=[])
         if pid is None:
             live.update(connected=False, trainer="unloaded", aggregator="unknown", reason="")
         status.update(live)

@@ -39,6 +39,10 @@ class Progress:
         return f"round {fields['round']}: step {done} of {total}{loss}"
 
 
+_SURPRISE = 1.1
+"""Of the memory predicted: more than that is told."""
+
+
 def _line(event: Event) -> str:
     f = event.fields
     match event.name:
@@ -62,6 +66,16 @@ def _line(event: Event) -> str:
             return (
                 f"probed {f['probes']} settings: {f['layer_mb']:.1f} MB a layer, "
                 f"{f['saved_mb']:.1f} MB less when quantized"
+            )
+        case "link.measured" if f["rtt_ms"] is not None:
+            ways = (("up_bps", "up"), ("down_bps", "down"))
+            rates = [f"{f[way] / 1e6:.3g} Mbit/s {word}" for way, word in ways if f[way] is not None]
+            trip = f"{f['rtt_ms']:.3g} ms there and back"
+            return f"link: {', '.join([*rates, trip])}"
+        case "fit.corrected" if f["last_peak"] > _SURPRISE:
+            return (
+                f"took {f['last_peak']:.2f} times the memory that the probe predicts; "
+                f"predictions are now {f['peak']:.2f} times that"
             )
         case "agent.permission":
             return f"now {f['permission']}{': ' + f['reason'] if f['reason'] else ''}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def _lines(status: dict[str, Any]) -> list[str]:
         elif "declined" in row:
             told += f": {row['message']}"
         lines.append(told)
-    lines += _link(status["link"])
+    lines += [*_corrections(status["corrections"]), *_link(status["link"])]
     ledger = status["ledger"]
     lines.append(f"traffic   {ledger.get('bytes_up', 0)} bytes up, {ledger.get('bytes_down', 0)} down, "
                  f"{ledger.get('bytes_resent', 0)} sent again")  # fmt: skip
@@ -64,6 +65,17 @@ def _lines(status: dict[str, Any]) -> list[str]:
     if allowed is not None:
         lines.append(f"today     {status['traffic_today'] / 1e6:.1f} of {allowed:g} MB")
     return lines
+
+
+def _corrections(corrections: list[dict[str, Any]]) -> Iterator[str]:
+    """What rounds took over what the probe predicts, for each way of training."""
+    for one in corrections:
+        levers = one["levers"]
+        kept = f"{levers['activation_bits']} bits" if one["quantized"] else "not quantized"
+        yield (
+            f"learned   recompute {levers['recompute']}, {kept}: {one['peak']:.2f} times the memory, "
+            f"{one['step']:.2f} times the seconds of the probe ({one['rounds']} rounds)"
+        )
 
 
 def _link(link: dict[str, Any]) -> list[str]:

@@ -11,6 +11,9 @@ from msgspec.structs import replace
 from test_agent_memory import Board
 
 from edge_sdk.agent.learning import corrected, ratios, taught
+from edge_sdk.agent.reporting import folder_status
+from edge_sdk.cli.progress import _line
+from edge_sdk.cli.status import _lines
 from edge_sdk.planning.choice import PrefixRoom
 from edge_sdk.planning.cost import peak_mb, step_s
 from edge_sdk.protocol.measure import Fit, Measured
@@ -79,6 +82,10 @@ def test_who_takes_more_than_predicted_steps_down_once_and_then_chooses_right(tm
     assert told_mb(world, 2) == pytest.approx(1.3 * 30) and told_mb(world, 4) == pytest.approx(1.3 * 50)
     assert [play(world, number) for number in (2, 3)] == [[(2, 0)], [(2, 0)]]
     assert world.aggregator.got(Choice)[-1].candidate.peak_mb == pytest.approx(39)
+    lines = _lines(folder_status(world.config, world.clock))
+    assert any("not quantized: 1.30 times the memory, 1.00 times the seconds" in line for line in lines), (
+        lines
+    )
     world.kill(Off(1.3, room=58))
     world.start()
     world.settle()
@@ -117,6 +124,15 @@ def test_who_takes_less_than_predicted_gets_room_slowly(tmp_path: Path) -> None:
     first = depths.index(4)
     assert depths == [2] * first + [4] * (20 - first) and first >= 8
     assert told_mb(world, 4) == pytest.approx(0.7 * 50)
+
+
+def test_the_owner_is_told_where_it_takes_more(tmp_path: Path) -> None:
+    world = a_world(tmp_path, Off(1.3))
+    play(world, 1)
+    assert "took 1.30 times the memory" in _line(world.event("fit.corrected"))
+    world = a_world(tmp_path / "less", Off(0.9))
+    play(world, 1)
+    assert not _line(world.event("fit.corrected"))
 
 
 def test_seconds_are_an_average(tmp_path: Path) -> None:

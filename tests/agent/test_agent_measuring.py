@@ -13,6 +13,7 @@ from aggregator.echo import Echo
 from edge_sdk.agent.measuring import LEDGER
 from edge_sdk.agent.reporting import folder_status
 from edge_sdk.agent.traffic import Traffic
+from edge_sdk.cli.progress import _line
 from edge_sdk.cli.status import _lines
 from edge_sdk.config.agent import GatesSection
 from edge_sdk.protocol.frames import decode_chunk, is_chunk
@@ -95,6 +96,8 @@ def test_the_link_is_known_and_told_once_the_device_has_joined(tmp_path: Path) -
 def test_the_owner_is_shown_it(tmp_path: Path) -> None:
     world = a_world(tmp_path)
     (line,) = (line for line in _lines(folder_status(world.config, world.clock)) if line.startswith("link"))
+    said = _line(world.event("link.measured"))
+    assert re.fullmatch(r"link: 1\.\d+ Mbit/s up, .+ Mbit/s down, 2\.\d+ ms there and back", said), said
     assert re.fullmatch(
         r"link +1\.\d+ Mbit/s up, [678]\.?\d* Mbit/s down, 2\.\d+ ms there and back; .+", line
     ), line

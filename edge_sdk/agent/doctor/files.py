@@ -117,7 +117,8 @@ def _rows(config: AgentConfig) -> Finding:
         check_rows(config.data.source())
     except EdgeError as error:
         return of_error("data", error)
-    size = Path(config.data.path).stat().st_size / 1e6
+    size = Path(config.data.path).stat().st_size
+    told = f"{size / 1e6:.1f} MB" if size >= 100_000 else f"{size / 1e3:.1f} kB"
     parquet = Path(config.data.path).suffix.lower() == ".parquet"
     what = "is there; its rows are read by the trainer" if parquet else "can be read, every row of it"
-    return Finding(id="data", level="ok", text=f"{config.data.path} ({size:.1f} MB) {what}")
+    return Finding(id="data", level="ok", text=f"{config.data.path} ({told}) {what}")
