@@ -51,6 +51,16 @@ def test_a_round_from_the_run_record_to_the_receipt(world: World) -> None:
     }  # fmt: skip
 
 
+def test_a_fold_is_declined_with_what_the_base_is_held_in(world: World) -> None:
+    """The fake trainer has all but that word, as one whose base is quantized."""
+    joined(world)
+    world.aggregator.offer(spec=TrainSpec(fold="low-rank"))
+    world.settle()
+    (decline,) = world.aggregator.got(Decline)
+    assert decline.reason == "mechanism"
+    assert "lacks fold:low-rank: nothing can be folded into a quantized base" in decline.message
+
+
 @pytest.mark.parametrize(("now", "counted"), [(80, 50), (20, 20)])
 def test_rows_that_came_since_it_joined_do_not_count_yet(world: World, now: int, counted: int) -> None:
     """More than its status tells no aggregator takes."""
