@@ -116,21 +116,17 @@ class Core:
         while not self.done:
             due = self.tick(clock.monotonic())
             wait = _LONGEST_S if due is None else min(_LONGEST_S, max(0.0, due - clock.monotonic()))
-            with contextlib.suppress(queue.Empty):
-                if not self.done:
-                    self.handle(self.inbox.get(timeout=wait))
-                for _ in range(_BATCH):
-                    if self.done:
-                        break
-                    self.handle(self.inbox.get_nowait())
+            self.pump(wait, _BATCH)
 
-    def pump(self) -> None:
-        """Handles what is in the inbox, and what that brings about, without waiting."""
-        while not self.done:
+    def pump(self, wait_s: float = 0.0, most: int | None = None) -> None:
+        """Handles what is in the inbox, and what that brings about; waits for the first so long."""
+        handled = 0
+        while not self.done and handled != most:
             try:
-                event = self.inbox.get_nowait()
+                event = self.inbox.get(timeout=0.0 if handled else wait_s)
             except queue.Empty:
                 return
+            handled += 1
             self.handle(event)
 
     def close(self) -> None:
