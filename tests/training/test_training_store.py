@@ -19,6 +19,8 @@ from edge_sdk.training.activations.packing import Packed  # noqa: E402
 from edge_sdk.training.activations.plan import Form, LayerPlan  # noqa: E402
 from edge_sdk.training.activations.store import ActivationStore, Held, Keeper  # noqa: E402
 from edge_sdk.training.model import TunableModel, load_model  # noqa: E402
+from edge_sdk.training.model.linear import LoraLinear  # noqa: E402
+from edge_sdk.training.precision.weights import Dense  # noqa: E402
 from edge_sdk.updates.initial import initial_adapter  # noqa: E402
 
 BATCH, LENGTH = 8, 32
@@ -152,6 +154,28 @@ def test_a_tensor_saved_by_several_is_packed_once() -> None:
     expected = hidden.flatten(0, 1).sum(0)[:, None].expand(64, 64)
     for weight in weights:
         assert torch.allclose(weight.grad, expected, rtol=0.05, atol=0.5)
+
+
+def test_factors_with_chosen_slots_pass_as_parameters_do() -> None:
+    """They are larger than a short input, and put together anew at every pass."""
+    torch.manual_seed(0)
+    linear = LoraLinear(Dense(torch.randn(512, 512)), None, rank=16, scaling=2.0)
+    with torch.no_grad():
+        linear.A.normal_()
+        linear.B.normal_()
+    linear.tune("AB", (1, 3))
+    layer = torch.nn.Sequential(linear)
+    seen = []
+    for plans in ({}, {layer: PACKED}):
+        x = torch.randn(12, 512, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        store = ActivationStore(layer.parameters())
+        with store.over(plans):
+            y = layer(x)
+        y.backward(torch.linspace(-1, 1, 512).expand_as(y))
+        seen.append((x.grad, linear.trained()["B"].grad))
+        layer.zero_grad(set_to_none=True)
+    assert store.original_bytes == 12 * 512 * 4  # the input alone, for the gradient of A
+    assert all(torch.equal(plain, packed) for plain, packed in zip(*seen, strict=True))
 
 
 def test_a_freed_address_is_not_mistaken_for_the_old_tensor() -> None:

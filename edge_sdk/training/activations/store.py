@@ -59,6 +59,11 @@ class Keeper:
         if self.plan.recompute != "none":
             self._store._offer(tensor, self.plan.form, build)
 
+    def leave_exact(self, *tensors: Any) -> None:
+        """Says that these are parameters, whatever storage they are in."""
+        for tensor in tensors:
+            self._store._leave_exact(tensor, self.plan.form)
+
     def exact(self) -> Any:
         """Context in which what operations save stays exact, and so do all other views of it."""
 

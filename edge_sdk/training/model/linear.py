@@ -21,8 +21,10 @@ class LoraLinear(nn.Module):
     """Attributes: ``A`` (rank, in) and ``B`` (out, rank), float32; ``scaling``; ``frozen``; ``bias`` or None.
 
     ``tune`` says which of A and B are trained, and in which slots; ``trained`` are the tensors that an
-    optimizer may move.
+    optimizer may move. ``keeper``: the activation store's, while it is over the layer.
     """
+
+    keeper: Any = None
 
     def __init__(self, frozen: FrozenWeight, bias: Any, *, rank: int, scaling: float) -> None:
         super().__init__()
@@ -58,7 +60,10 @@ class LoraLinear(nn.Module):
         """A (rank, in) and B (out, rank) as they stand; differentiable where slots are trained."""
         if self._slots is None:
             return self.A, self.B
-        return self.A.index_copy(0, self._slots, self._A), self.B.index_copy(1, self._slots, self._B)
+        A, B = self.A.index_copy(0, self._slots, self._A), self.B.index_copy(1, self._slots, self._B)
+        if self.keeper is not None:
+            self.keeper.leave_exact(A, B)  # put together anew, and yet no activations
+        return A, B
 
     def _settle(self) -> None:
         """Trained slots go back into the whole factors."""
