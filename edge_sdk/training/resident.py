@@ -15,6 +15,7 @@ from edge_sdk.device.machine import read_profile
 from edge_sdk.errors import DataError, MechanismError
 from edge_sdk.protocol.spec import Candidate, TrainSpec
 from edge_sdk.protocol.trainer import Setup
+from edge_sdk.training.activations.packing import warm
 from edge_sdk.training.allocator import allocator_word, trim
 from edge_sdk.training.base import compute_device
 from edge_sdk.training.failures import MemoryLimitError
@@ -27,7 +28,7 @@ from edge_sdk.training.prefix_store import MemoryShelf, on_disk
 from edge_sdk.training.randomness import generator
 from edge_sdk.training.tasks.base import Batch
 from edge_sdk.training.tasks.finding import task_of
-from edge_sdk.training.tasks.tokens import Rows, load_tokenizer
+from edge_sdk.training.tasks.tokens import Rows, check_ids, load_tokenizer
 
 __all__ = ["Resident", "resident_key"]
 
@@ -101,7 +102,7 @@ class Resident:
         )
 
     def rows(self, setup: Setup, max_length: int | None = None) -> Rows:
-        """The setup's rows, tokenized once per file and length. Raises DataError."""
+        """The setup's rows, tokenized once per file and length. Raises DataError or BaseModelError."""
         if setup.data is None:
             raise DataError("this request needs data, and its setup names none", "set data.path")
         length = max_length or setup.max_length
@@ -110,10 +111,12 @@ class Resident:
         if key not in self._rows:
             # of a file that changed, and of another length, nothing is kept
             self._rows = {k: v for k, v in self._rows.items() if k[0] != setup.data}
-            self._rows[key] = self.task.rows(
+            rows = self.task.rows(
                 setup.data, setup.labels, tokenizer=self._tokenizer, template=setup.template,
                 max_length=length, check=self._check,
             )  # fmt: skip
+            check_ids(rows.ids, self._tokenizer, self.model.shape.vocabulary)
+            self._rows[key] = rows
             self._settled = False
         return self._rows[key]
 
@@ -240,6 +243,7 @@ class Resident:
 
     def _warm_up(self, setup: Setup) -> None:
         """Steps to be discarded: libraries load, threads start, scratch is taken, plain and quantized."""
+        warm(self.device)  # every width and rounding: a later round may ask for another
         before = self.model.adapter()
         for quantized in (0, 1):
             candidate = Candidate(

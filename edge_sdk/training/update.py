@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_sdk.errors import ContainerError
+from edge_sdk.errors import ContainerError, TrainerError
 from edge_sdk.protocol.trainer import Train
 from edge_sdk.training.model import TunableModel
 from edge_sdk.updates.container import read_container
@@ -51,23 +51,29 @@ class Start:
 
 
 def write_results(request: Train, start: Start, model: TunableModel) -> Files:
-    """Writes update.safetensors and, with error feedback, residual.safetensors into the request's folder."""
+    """Writes update.safetensors and, with error feedback, residual.safetensors into the request's folder.
+
+    Raises TrainerError where the training diverged: the version that it started from is not at fault.
+    """
     folder = Path(request.folder)
     folder.mkdir(parents=True, exist_ok=True)
     keys = tuned_keys(model.shape, request.candidate.depth, request.spec.factors)
     update = folder / "update.safetensors"
-    residual = write_update(
-        update,
-        run=request.run,
-        round=request.round,
-        fingerprint=request.fingerprint,
-        builds_on=start.version,
-        start=start.adapter,
-        end=model.adapter(list(keys)),
-        keys=keys,
-        codec=request.candidate.codec,
-        residual=start.residual,
-    )
+    try:
+        residual = write_update(
+            update,
+            run=request.run,
+            round=request.round,
+            fingerprint=request.fingerprint,
+            builds_on=start.version,
+            start=start.adapter,
+            end=model.adapter(list(keys)),
+            keys=keys,
+            codec=request.candidate.codec,
+            residual=start.residual,
+        )
+    except ContainerError as error:
+        raise TrainerError(error.message, error.hint) from error
     if residual is None:
         return Files(update, None)
     path = folder / "residual.safetensors"

@@ -27,6 +27,7 @@ from edge_sdk.protocol.trainer import (  # noqa: E402
     Evaluate,
     Evaluated,
     Failed,
+    PlanBase,
     Probe,
     Probed,
     Progress,
@@ -315,6 +316,45 @@ def test_what_cannot_be_done_says_why(bench: Bench, change: dict[str, Any], caus
     assert isinstance(reply, Failed), reply
     assert (reply.id, reply.cause) == (9, cause)
     assert says in reply.message and reply.hint and "\n" not in reply.message
+
+
+def test_tokens_beyond_the_vocabulary_are_named(bench: Bench, tiny: dict[str, Path], tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    folder = tmp_path / "grown"
+    shutil.copytree(tiny["bert"], folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"new{i}" for i in range(40)])
+    tokenizer.save_pretrained(folder)
+    rows = tmp_path / "new.jsonl"
+    rows.write_text(json.dumps({"text": "red new39", "label": "colour"}) + "\n")
+    setup = msgspec.structs.replace(bench.setup, base=str(folder))
+    assert isinstance(bench.ask(Describe(id=9, setup=setup)), Described)  # none of these rows has one
+    setup = msgspec.structs.replace(setup, data=DataSource(path=str(rows)))
+    for request in (Describe(id=9, setup=setup), PlanBase(id=9, setup=setup, budget_bytes=1 << 30)):
+        reply = bench.ask(request)
+        assert isinstance(reply, Failed) and reply.cause == "base", reply
+        assert "'new39'" in reply.message and "32 embeddings" in reply.message
+        assert "resize_token_embeddings" in reply.hint
+
+
+def test_a_training_that_diverges_in_its_last_step_does_not_blame_the_version(bench: Bench) -> None:
+    spec = msgspec.structs.replace(bench.setup.spec, learning_rate=1e9)
+    reply = bench.train(spec=spec, candidate={"steps": 1, "codec": "fp16"})
+    assert isinstance(reply, Failed) and reply.cause == "internal", reply
+    assert "65504" in reply.message and "lower the learning rates" in reply.hint
+    assert isinstance(bench.train(), Trained)
+
+
+def test_what_packs_is_made_ready_before_the_first_round(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warmed: list[Any] = []
+    monkeypatch.setattr("edge_sdk.training.resident.warm", warmed.append)
+    bench.describe()
+    assert warmed == [torch.device("cpu")]
+    bench.train()
+    assert len(warmed) == 1
 
 
 def test_a_hub_id_that_cannot_be_had_names_the_command(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from edge_sdk.training.model.frozen import BasePrecision
 from edge_sdk.training.precision.holding import compute_dtype
 from edge_sdk.training.precision.salience import Batch, block_figures, frozen_of, loss_rises
 from edge_sdk.training.precision.weights import Dense
-from edge_sdk.training.tasks.tokens import load_tokenizer
+from edge_sdk.training.tasks.tokens import check_ids, load_tokenizer
 
 __all__ = ["plan_base"]
 
@@ -160,11 +160,10 @@ def _batches(setup: Setup, folder: Path, model: TunableModel, rows: int) -> tupl
         mask = torch.ones_like(ids)
         told = f"{rows} rows of random tokens"
     else:
-        texts = _texts(setup.data, rows)
-        coded = load_tokenizer(folder)(
-            texts, truncation=True, max_length=length, padding=True, return_tensors="pt"
-        )
+        texts, tokenizer = _texts(setup.data, rows), load_tokenizer(folder)
+        coded = tokenizer(texts, truncation=True, max_length=length, padding=True, return_tensors="pt")
         ids, mask = coded["input_ids"], coded["attention_mask"]
+        check_ids(ids, tokenizer, model.shape.vocabulary)
         told = f"{len(texts)} rows of {Path(setup.data.path).name}"
     size = setup.micro_batch
     pairs = zip(ids.to(model.device).split(size), mask.to(model.device).split(size), strict=True)

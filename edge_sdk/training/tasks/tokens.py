@@ -13,7 +13,7 @@ import torch
 
 from edge_sdk.errors import BaseModelError
 
-__all__ = ["BLOCK", "Rows", "RowsBuilder", "load_tokenizer"]
+__all__ = ["BLOCK", "Rows", "RowsBuilder", "check_ids", "load_tokenizer"]
 
 BLOCK = 512
 """Rows that are tokenized at a time; keeps the texts of the rest out of memory."""
@@ -96,6 +96,18 @@ class RowsBuilder:
             pad=pad,
             learnt=torch.tensor(self._learnt, dtype=torch.bool) if self._learnt else None,
             **more,
+        )
+
+
+def check_ids(ids: Any, tokenizer: Any, vocabulary: int) -> None:
+    """Raises BaseModelError where the model has no embedding of a token: one of ``ids``, or the padding's."""
+    highest = max(int(tokenizer.pad_token_id), int(ids.max()) if ids.numel() else 0)
+    if highest >= vocabulary:
+        raise BaseModelError(
+            f"the tokenizer gives token {highest} ({tokenizer.convert_ids_to_tokens(highest)!r}), the base "
+            f"model has {vocabulary} embeddings",
+            "the tokenizer is another model's, or was given tokens that the model was not: "
+            "model.resize_token_embeddings(len(tokenizer)), and save both",
         )
 
 
