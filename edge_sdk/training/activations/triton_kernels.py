@@ -71,7 +71,7 @@ def warm(device: Any) -> None:
             for seed in (None, 1):
                 packed = pack_rows(rows, bits, seed)
                 unpack_rows(packed, bits, 32, dtype)
-                unpack_rows(packed[1:], bits, 32, dtype)  # compiled apart: it begins at no multiple of 16 bytes
+                unpack_rows(packed[1:], bits, 32, dtype)  # at no multiple of 16 bytes: compiled apart
 
 
 @lru_cache(maxsize=1)
