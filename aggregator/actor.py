@@ -13,6 +13,7 @@ import threading
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+from edge_sdk.clock import next_within
 from edge_sdk.errors import EdgeError, StateError
 from edge_sdk.protocol.trainer import TrainerReply
 from edge_sdk.transport.base import Connection, Inbound
@@ -99,7 +100,7 @@ class Actor(ABC):
         """Handles what is in the inbox, waiting at most ``wait_s`` for the first; whether there was any."""
         handled = 0
         with contextlib.suppress(queue.Empty):
-            event = self._inbox.get(timeout=wait_s) if wait_s > 0 else self._inbox.get_nowait()
+            event = next_within(self._inbox, wait_s)
             while not self.done:
                 handled += 1
                 self.handle(event)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import queue
 import time
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
-__all__ = ["Clock", "ManualClock", "SystemClock", "boot_id"]
+__all__ = ["Clock", "ManualClock", "SystemClock", "boot_id", "next_within"]
+
+Item = TypeVar("Item")
 
 
 class Clock(Protocol):
@@ -49,3 +52,17 @@ def boot_id() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return "unknown"
+
+
+def next_within(inbox: queue.SimpleQueue[Item], seconds: float) -> Item:
+    """The next thing that comes within so many seconds; at 0, what is there. Raises queue.Empty.
+
+    For one reader. Python 3.10's SimpleQueue may wait for ever where its time is over before it has begun
+    to wait, as long as nothing was looked for since the last put: hence the look first.
+    """
+    try:
+        return inbox.get_nowait()
+    except queue.Empty:
+        if seconds <= 0:
+            raise
+    return inbox.get(timeout=seconds)

@@ -39,6 +39,7 @@ from edge_sdk.agent.rounds import Rounds
 from edge_sdk.agent.standing import Standing
 from edge_sdk.agent.states import PERMISSION, Occasion
 from edge_sdk.agent.uploads import Uploads
+from edge_sdk.clock import next_within
 from edge_sdk.errors import BrokerError, EdgeError, FingerprintError, ProtocolError
 from edge_sdk.faults import reached
 from edge_sdk.protocol.base import PROTOCOL
@@ -123,7 +124,7 @@ class Core:
         handled = 0
         while not self.done and handled != most:
             try:
-                event = self.inbox.get(timeout=0.0 if handled else wait_s)
+                event = next_within(self.inbox, 0.0 if handled else wait_s)
             except queue.Empty:
                 return
             handled += 1

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from edge_sdk.agent.lock import FolderLock, holder
 from edge_sdk.agent.record import AgentRecord
-from edge_sdk.clock import Clock, SystemClock
+from edge_sdk.clock import Clock, SystemClock, next_within
 from edge_sdk.config.agent import AgentConfig
 from edge_sdk.errors import EdgeError, ProtocolError, StateError
 from edge_sdk.protocol.frames import decode_chunk, is_chunk
@@ -192,7 +192,7 @@ class _Call:
     def _next(self, seconds: float) -> Inbound | Connection | None:
         """What comes within so many seconds."""
         try:
-            return self._inbox.get(timeout=seconds)
+            return next_within(self._inbox, seconds)
         except queue.Empty:
             return None
 

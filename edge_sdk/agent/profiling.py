@@ -17,6 +17,7 @@ from msgspec.structs import replace
 
 from edge_sdk.agent.link import Found, find_link
 from edge_sdk.agent.process_trainer import ProcessTrainer
+from edge_sdk.clock import next_within
 from edge_sdk.config.agent import AgentConfig, TrainerSection
 from edge_sdk.device.classes import DeviceClass, device_class
 from edge_sdk.device.machine import read_profile
@@ -102,7 +103,7 @@ def _answer(
 ) -> tuple[tuple[Throughput, ...], str]:
     while (left := end - time.monotonic()) > 0:
         try:
-            reply = replies.get(timeout=left)
+            reply = next_within(replies, left)
         except queue.Empty:
             break
         if isinstance(reply, Timed):

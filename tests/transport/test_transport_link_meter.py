@@ -14,7 +14,7 @@ from brokers import World
 from peers import Peer
 
 from aggregator.echo import LINK_BYTES, Echo
-from edge_sdk.clock import ManualClock, SystemClock
+from edge_sdk.clock import ManualClock, SystemClock, next_within
 from edge_sdk.protocol.base import Record
 from edge_sdk.protocol.frames import decode_chunk, encode_chunk, is_chunk, link_transfer
 from edge_sdk.protocol.topics import Topics
@@ -293,7 +293,7 @@ def test_through_a_broker(world: World, join: Callable[..., Peer]) -> None:
     try:
         while (due := meter.tick(time.monotonic())) is not None:
             try:
-                event = arrived.get(timeout=max(0.0, due - time.monotonic()))
+                event = next_within(arrived, due - time.monotonic())
             except queue.Empty:
                 continue
             if isinstance(event, Inbound):

@@ -15,6 +15,7 @@ from pathlib import Path
 from edge_sdk.agent.doctor.finding import Finding, of_error
 from edge_sdk.agent.lock import holder
 from edge_sdk.agent.reporting import folder_status, speaks_readably
+from edge_sdk.clock import next_within
 from edge_sdk.config.agent import AgentConfig
 from edge_sdk.errors import BrokerError, EdgeError
 from edge_sdk.protocol.topics import Topics
@@ -72,7 +73,7 @@ def _outcome(events: queue.SimpleQueue[Inbound | Connection], end: float) -> Edg
     last: EdgeError | None = None
     while (left := end - time.monotonic()) > 0:
         try:
-            event = events.get(timeout=left)
+            event = next_within(events, left)
         except queue.Empty:
             break
         if not isinstance(event, Connection):
