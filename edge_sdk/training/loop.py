@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from edge_sdk.errors import TrainerError
+from edge_sdk.errors import DataError, TrainerError
 from edge_sdk.protocol.spec import Candidate, TrainSpec
 from edge_sdk.training.activations.plan import PLAIN, Form, LayerPlan
 from edge_sdk.training.activations.store import ActivationStore
@@ -73,6 +73,7 @@ def train(
 
     Raises:
         TrainerError: the loss is not finite.
+        DataError: a step has nothing to learn.
         MechanismError: the optimizer does not run here.
     """
     started = time.perf_counter()
@@ -148,6 +149,8 @@ def _gradients(
     """Gradients of one step; its loss and tokens."""
     drawn = [next(batches) for _ in range(candidate.accumulation)]
     count = sum(task.count(batch) for batch in drawn)
+    if not count:
+        raise DataError("the rows of a step hold no token to learn", "raise training.max_length in run.toml")
     total, tokens = 0.0, 0
     while drawn:
         check()

@@ -12,7 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.train
 
-from edge_sdk.errors import TrainerError  # noqa: E402
+from edge_sdk.errors import DataError, TrainerError  # noqa: E402
 from edge_sdk.protocol.model import LoraShape  # noqa: E402
 from edge_sdk.protocol.spec import Candidate, TrainSpec  # noqa: E402
 from edge_sdk.training import checking  # noqa: E402
@@ -214,3 +214,54 @@ def test_a_loss_that_is_not_finite_ends_the_training(roberta: TunableModel) -> N
     with pytest.raises(TrainerError, match="loss of step"):
         run(roberta, spec=spec, steps=9)
     assert np.isfinite(run(roberta)[0].losses).all()
+
+
+def test_a_step_with_nothing_to_learn_says_so(llama: TunableModel) -> None:
+    ids = torch.arange(5, 9).view(4, 1)
+    batch = (ids, torch.ones_like(ids), torch.full_like(ids, -100))
+    with pytest.raises(DataError, match="no token to learn"):
+        train(
+            llama, iter([batch]), Candidate(id="c", depth=1, steps=1), TrainSpec(),
+            task=task_of("causal-lm"), check=lambda: None, report=lambda _: None,
+        )  # fmt: skip
+
+
+ROUNDS: tuple[dict[str, Any], ...] = (
+    {"depth": 3, "quantized_layers": 3, "activation_bits": 4, "recompute": "outputs"},
+    {"depth": 1, "slots": (0, 2)},
+    {"depth": 3, "quantized_layers": 2, "activation_bits": 2, "slots": (3, 1), "recompute": "layer"},
+    {"depth": 2, "quantized_layers": 1, "slots": (1,), "recompute": "inner", "accumulation": 2},
+)
+
+
+@pytest.mark.parametrize("family", ["llama", "roberta"])
+def test_round_after_round_on_one_model_nothing_frozen_moves(
+    family: str, request: pytest.FixtureRequest, bases: dict[tuple[str, str], Path]
+) -> None:
+    """Depth, slots, quantized layers, optimizer and factors change; each round is that of a fresh model."""
+    model = request.getfixturevalue(family)
+    adapted = {id(part) for part in model.parts.values()}
+    held = [*model.net.named_parameters(), *model.net.named_buffers()]
+    frozen = {name: tensor.detach().clone() for name, tensor in held if id(tensor) not in adapted}
+    model.set_adapter(start_of(model))
+    for fields, optimizer in zip(ROUNDS, ("adamw", "adamw8bit", "sgd", "adamw"), strict=True):
+        factors = "B" if optimizer == "adamw8bit" else "AB"
+        before = model.adapter()
+        fresh = loaded(bases[family, model.task], model.task)
+        fresh.set_adapter(before)
+        for one in (fresh, model):
+            train(
+                one, batches_of(model.task, BATCH), Candidate(id="c", steps=2, micro_batch=BATCH, **fields),
+                TrainSpec(optimizer=optimizer, factors=factors, weight_decay=0.3, learning_rate=0.05),
+                task=task_of(model.task), check=lambda: None, report=lambda _: None,
+            )  # fmt: skip
+        after, expected = model.adapter(), fresh.adapter()
+        chosen = set(fields.get("slots", range(LORA.rank)))
+        for key, rows in after.items():
+            assert np.array_equal(rows, expected[key]), key
+            moved = {slot for slot, row in enumerate(rows) if (row != before[key][slot]).any()}
+            if not key.startswith("dense."):
+                tuned = int(key.split(".")[0]) >= 3 - fields["depth"] and key[-1] in factors
+                assert moved == (chosen if tuned else set()), key
+    still = dict([*model.net.named_parameters(), *model.net.named_buffers()])
+    assert len(frozen) > 20 and all(torch.equal(still[name], tensor) for name, tensor in frozen.items())

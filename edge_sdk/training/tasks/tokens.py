@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from edge_sdk.errors import BaseModelError
@@ -87,14 +88,14 @@ class RowsBuilder:
         self._learnt.extend(learnt)
 
     def build(self, *, max_length: int, pad: int, **more: Any) -> Rows:
-        lengths = torch.tensor(self._lengths)
+        lengths = torch.from_numpy(np.array(self._lengths))  # at once: torch makes an object of every token
         return Rows(
-            ids=torch.tensor(self._ids, dtype=torch.int32),
+            ids=torch.from_numpy(np.array(self._ids)),
             starts=lengths.cumsum(0) - lengths,
             lengths=lengths,
             max_length=max_length,
             pad=pad,
-            learnt=torch.tensor(self._learnt, dtype=torch.bool) if self._learnt else None,
+            learnt=torch.from_numpy(np.array(np.frombuffer(self._learnt, bool))) if self._learnt else None,
             **more,
         )
 
