@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from edge_sdk.training.memory import is_out_of_memory
 from edge_sdk.training.prefix_store import KeptRows, MemoryShelf, RowForm, Shelf
 
 __all__ = ["Prefix"]
@@ -226,9 +227,11 @@ class Prefix:
             return
         try:
             self._kept = KeptRows(torch.from_numpy(chosen), self._rows, form, self._shelf)
-        except OSError as error:
-            size = len(chosen) * form.nbytes / 1e6
-            self._give_up(f"there is no room for {size:.0f} MB of hidden states: {error.strerror}")
+        except (OSError, RuntimeError, MemoryError) as error:
+            if not (isinstance(error, OSError) or is_out_of_memory(error)):
+                raise
+            size, why = len(chosen) * form.nbytes / 1e6, getattr(error, "strerror", None) or "no memory"
+            self._give_up(f"there is no room for {size:.0f} MB of hidden states: {why}")
             return
         self.kept_bytes = self._kept.nbytes
 

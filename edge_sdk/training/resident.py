@@ -74,6 +74,7 @@ class Resident:
             task=setup.task,
             precision=precision,
             layers=setup.layers,
+            check=check,
         )
         if setup.base_plan is not None and len(setup.base_plan.blocks) != len(self.model.layers):
             raise MechanismError(

@@ -39,6 +39,7 @@ from edge_sdk.protocol.trainer import (  # noqa: E402
 )
 from edge_sdk.training.base import gpu_uuid  # noqa: E402
 from edge_sdk.training.inline import InlineTrainer  # noqa: E402
+from edge_sdk.training.model.checkpoint import Entry  # noqa: E402
 from edge_sdk.training.words import MECHANISMS  # noqa: E402
 from edge_sdk.updates.container import read_container  # noqa: E402
 from edge_sdk.updates.initial import initial_adapter  # noqa: E402
@@ -450,6 +451,22 @@ def test_interrupt_ends_the_training_and_the_trainer_goes_on(
     assert ended.wait(60)
     assert isinstance(done[1], Trained)
     trainer.close()
+
+
+def test_loading_is_interrupted_too(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, entries = Entry.read, []
+
+    def interrupted(entry: Entry) -> Any:
+        entries.append(entry)
+        bench.trainer.interrupt()
+        return read(entry)
+
+    monkeypatch.setattr(Entry, "read", interrupted)
+    reply = bench.ask(Describe(id=1, setup=bench.setup))
+    assert isinstance(reply, Failed) and reply.cause == "interrupted" and len(entries) == 1
+    assert not bench.trainer.loaded
+    monkeypatch.undo()
+    assert bench.describe().samples == 96
 
 
 def test_rows_are_read_again_when_the_file_changed(bench: Bench, tmp_path: Path) -> None:

@@ -191,9 +191,13 @@ def test_when_it_is_left_alone(bench: Bench, tmp_path: Path, caplog: pytest.LogC
     def full(rows: int, width: int) -> MemoryShelf:
         raise OSError(28, "No space left on device")
 
+    def short_of_memory(rows: int, width: int) -> MemoryShelf:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 120 bytes.")
+
     for prefix, why in (
         (bench.prefix(budget_bytes=ROW_BYTES - 1), "may be kept"),
         (bench.prefix(shelf=full), "No space left"),
+        (bench.prefix(shelf=short_of_memory), "no memory"),
     ):
         trace, again = bench.train(prefix)
         assert why in str(prefix.off) and why in caplog.text

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ def load_model(
     task: str = "classification",
     precision: BasePrecision = FP32,
     layers: str = "",
+    check: Callable[[], None] = lambda: None,
 ) -> TunableModel:
     """Loads the base in ``folder`` and puts LoRA into the linears of its layers.
 
@@ -62,6 +64,7 @@ def load_model(
         task: ``classification`` or ``causal-lm``.
         precision: what the base is held in.
         layers: path of the list of transformer layers; "": it is found.
+        check: called between tensors; raises to end the loading.
 
     Raises:
         BaseModelError: no safetensors, weights that do not fit the config, not of the task's kind, or of a
@@ -76,7 +79,7 @@ def load_model(
     intermediate = _intermediate(config, stack[0])
 
     filling = _Filling(net, path, precision, torch.device(device))
-    fresh = filling.fill(checkpoint)
+    fresh = filling.fill(checkpoint, check)
     dense = _dense_names(net, fresh) if task == "classification" else []
     base_bytes = filling.hold(modules, lora)
     if dense and precision.dtype != torch.float32:
@@ -179,12 +182,13 @@ class _Filling:
             groups[id(parameter)].append(name)
             self._tied[name] = groups[id(parameter)]
 
-    def fill(self, checkpoint: Checkpoint) -> set[str]:
+    def fill(self, checkpoint: Checkpoint, check: Callable[[], None]) -> set[str]:
         """Fills all there is; returns the head's names that the checkpoint lacks. Raises BaseModelError."""
         places = set(self.net.state_dict())
         found = assign_names(checkpoint, self.net, places)
         self._untie(found)
         for place, entry in sorted(found.items(), key=lambda kv: (kv[1].path, kv[1].tensor.begin)):
+            check()
             wanted = tuple(_tensor(self.net, place).shape)
             if entry.tensor.shape == wanted:
                 self._note(place, entry)

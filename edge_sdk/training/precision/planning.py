@@ -39,7 +39,7 @@ def plan_base(
     """The plan of the base in ``folder``. The base is held as its checkpoint has it while it is measured.
 
     Args:
-        check: called between blocks; raises to end the request.
+        check: called between tensors and blocks; raises to end the request.
         report: told of the blocks done, and of how many there are in all.
 
     Raises:
@@ -51,8 +51,9 @@ def plan_base(
     digest = base_digest(folder)
     as_it_is = BasePrecision("plan", compute_dtype("plan", device), lambda _, tensor: Dense(tensor))
     model = load_model(
-        folder, setup.labels, setup.lora, device, task=setup.task, precision=as_it_is, layers=setup.layers
-    )
+        folder, setup.labels, setup.lora, device,
+        task=setup.task, precision=as_it_is, layers=setup.layers, check=check,
+    )  # fmt: skip
     batches, told = _batches(setup, folder, model, request.rows)
     count = len(model.layers)
     passes = 2 if request.method == "loss" else 1
