@@ -20,14 +20,14 @@ from statistics import median
 from msgspec.structs import replace
 
 from edge_sdk.errors import TrainerError
-from edge_sdk.planning.cost import Scales, peak_mb, phases, step_s
+from edge_sdk.planning.cost import Scales, phases
 from edge_sdk.planning.memory import counted
 from edge_sdk.planning.work import prices, worked
 from edge_sdk.protocol.measure import Fit, ProbePoint
 from edge_sdk.protocol.model import LoraShape, ModelShape
 from edge_sdk.protocol.spec import Setting
 
-__all__ = ["corrected", "estimate", "fit_cost", "non_negative_least_squares", "setting_of"]
+__all__ = ["estimate", "fit_cost", "non_negative_least_squares", "setting_of"]
 
 _MEMORY_PRIOR = 0.2
 """A scale that is off its counted value by all of it weighs as much as a probe that is off by a fifth."""
@@ -102,35 +102,6 @@ def estimate(
     """What is counted, with nothing measured. ``pace``: seconds here for one on the machine of the prices."""
     scales = Scales(1.0, 1.0, 1.0, 1.0, prices().fixed_mb)
     return _figures(shape, lora, reference, scales, (pace, pace, pace), kernel)
-
-
-_RISE, _FALL = 0.5, 0.2
-"""Shares of a new ratio in the moving average: a peak above the prediction counts more than one below."""
-
-
-def corrected(
-    fit: Fit,
-    shape: ModelShape,
-    lora: LoraShape,
-    setting: Setting,
-    *,
-    measured_mb: float | None = None,
-    measured_s: float | None = None,
-    prefix_read: float = 0.0,
-) -> Fit:
-    """The fit after a round that measured its peak above rest, or its seconds a batch, at ``setting``."""
-    if measured_mb is not None and math.isfinite(measured_mb) and measured_mb > 0:
-        ratio = measured_mb / max(1e-6, peak_mb(fit, shape, lora, setting))
-        fit = replace(fit, peak_factor=_moved(fit.peak_factor, ratio, _RISE if ratio > 1 else _FALL))
-    if measured_s is not None and math.isfinite(measured_s) and measured_s > 0:
-        ratio = measured_s / max(1e-9, step_s(fit, shape, lora, setting, prefix_read=prefix_read))
-        fit = replace(fit, step_factor=_moved(fit.step_factor, ratio, _FALL))
-    return fit
-
-
-def _moved(factor: float, ratio: float, share: float) -> float:
-    moved: float = factor * min(4.0, max(0.25, ratio)) ** share
-    return min(10.0, max(0.1, moved))
 
 
 def _figures(

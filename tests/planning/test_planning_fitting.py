@@ -8,13 +8,7 @@ from planning_cases import LORA, encoder, setting
 
 from edge_sdk.errors import TrainerError
 from edge_sdk.planning.cost import Scales, peak_mb, phases, step_s
-from edge_sdk.planning.fitting import (
-    corrected,
-    estimate,
-    fit_cost,
-    non_negative_least_squares,
-    setting_of,
-)
+from edge_sdk.planning.fitting import estimate, fit_cost, non_negative_least_squares, setting_of
 from edge_sdk.protocol.measure import Fit, ProbePoint
 from edge_sdk.protocol.spec import Levers, Setting
 
@@ -102,20 +96,6 @@ def test_an_estimate_is_what_is_counted() -> None:
         assert peak_mb(model, SHAPE, LORA, wanted) == pytest.approx(peak)
     slow, quick = (step_s(estimate(SHAPE, LORA, REFERENCE, pace=p), SHAPE, LORA, OTHERS[0]) for p in (3, 1))
     assert slow == pytest.approx(3 * quick)
-
-
-def test_rounds_correct_the_fit_and_faster_upwards() -> None:
-    model, wanted = fitted(PROBES), setting(4, 0)
-    peak, step = peak_mb(model, SHAPE, LORA, wanted), step_s(model, SHAPE, LORA, wanted)
-    up = corrected(model, SHAPE, LORA, wanted, measured_mb=1.2 * peak, measured_s=1.2 * step)
-    assert up.peak_factor == pytest.approx(1.2**0.5) and up.step_factor == pytest.approx(1.2**0.2)
-    down = corrected(model, SHAPE, LORA, wanted, measured_mb=peak / 1.2)
-    assert down.peak_factor == pytest.approx(1.2**-0.2) and down.step_factor == 1.0
-    for _ in range(30):
-        model = corrected(model, SHAPE, LORA, wanted, measured_mb=1.2 * peak, measured_s=2 * step)
-    assert peak_mb(model, SHAPE, LORA, wanted) == pytest.approx(1.2 * peak, rel=0.01)
-    assert step_s(model, SHAPE, LORA, wanted) == pytest.approx(2 * step, rel=0.01)
-    assert corrected(model, SHAPE, LORA, wanted, measured_mb=math.nan, measured_s=0.0) == model
 
 
 def test_the_solution_is_the_optimum() -> None:
