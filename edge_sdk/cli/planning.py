@@ -16,7 +16,7 @@ from edge_sdk.errors import BaseModelError, ConfigError
 from edge_sdk.planning.cost import peak_mb
 from edge_sdk.planning.fitting import estimate
 from edge_sdk.planning.frontier import Point, Round, frontier
-from edge_sdk.planning.shapes import held_base_bytes, shape_of
+from edge_sdk.planning.shapes import held_base_bytes, shape_of, task_of
 from edge_sdk.planning.work import prices
 from edge_sdk.protocol.measure import Fit
 from edge_sdk.protocol.model import LoraShape, ModelShape
@@ -79,7 +79,7 @@ def show_plan(asked: Asked, *, as_json: bool) -> None:
         )
     has = None if board is None else capacity(board, asked.power_mode)
     config = _config(asked.model)
-    task = asked.task or _task_of(config)
+    task = asked.task or task_of(config)
     lora = LoraShape(rank=asked.rank, alpha=2.0 * asked.rank)
     shape = shape_of(config, task=task, labels=asked.labels, lora=lora)
     room = _room(asked, board, has)
@@ -167,11 +167,6 @@ def _config(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise BaseModelError(f"{file} holds no object", "--model names a model's config.json")
     return found
-
-
-def _task_of(config: dict[str, Any]) -> str:
-    kinds = config.get("architectures") or [""]
-    return "causal-lm" if str(kinds[0]).endswith(("ForCausalLM", "LMHeadModel")) else "classification"
 
 
 def _room(asked: Asked, board: DeviceClass | None, has: Capacity | None) -> _Room:

@@ -6,7 +6,7 @@ import json
 import queue
 import tempfile
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 import typer
@@ -18,6 +18,7 @@ from edge_sdk.config.base_plan import write_plan
 from edge_sdk.config.loading import load_agent_config
 from edge_sdk.data.base_files import find_base
 from edge_sdk.errors import BaseModelError, ConfigError, TrainerError
+from edge_sdk.planning.shapes import task_of
 from edge_sdk.protocol.base_plan import BasePlan, Bits, SalienceMethod
 from edge_sdk.protocol.model import LoraShape
 from edge_sdk.protocol.spec import TrainSpec
@@ -113,16 +114,15 @@ def _inputs(
 def _task_of(base: str) -> str:
     """By the base's config.json: one that is a language model is measured by its own loss."""
     try:
-        text = (find_base(base) / "config.json").read_bytes()
-        kinds = msgspec.json.decode(text).get("architectures") or [""]
+        file = find_base(base) / "config.json"
     except BaseModelError:
         if Path(base).is_absolute():
             raise
         return "classification"  # a hub id that is not on this disk: the trainer fetches it
-    except (OSError, msgspec.DecodeError, AttributeError) as error:
+    try:
+        return task_of(msgspec.json.decode(file.read_bytes(), type=dict[str, Any]))
+    except (OSError, msgspec.DecodeError) as error:
         raise BaseModelError(f"base model {base}: config.json cannot be read: {error}") from None
-    speaks = str(kinds[0]).endswith(("ForCausalLM", "LMHeadModel"))
-    return "causal-lm" if speaks else "classification"
 
 
 def _ask(request: PlanBase, *, tell: bool) -> BasePlanned:

@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from edge_sdk.config.problems import shown
 from edge_sdk.errors import BaseModelError
 from edge_sdk.planning.precision import held_bytes
 from edge_sdk.protocol.base_plan import QUANTIZED_WORDS
 from edge_sdk.protocol.model import DensePart, LoraModule, LoraShape, ModelShape
 
-__all__ = ["FAMILIES", "held_base_bytes", "shape_of"]
+__all__ = ["FAMILIES", "held_base_bytes", "shape_of", "task_of"]
 
 Kind = Literal["q", "kv", "qkv", "o", "up", "both", "down"]
 _SPLIT: tuple[tuple[str, Kind], ...] = (
@@ -128,6 +129,9 @@ _NAMES = {
     "heads": ("num_attention_heads", "n_heads", "n_head"),
     "vocabulary": ("vocab_size",),
 }
+_LARGEST = 100_000_000
+"""Of any figure in a config: a hundred times what the widest models have. What is above is a slip."""
+_MOST_LAYERS = 1000
 _TYPED = frozenset({"bert", "roberta"})
 """Families with an embedding of token types."""
 
@@ -138,7 +142,8 @@ def shape_of(
     """The shape of the model of a ``config.json``; weights as they rest in fp32.
 
     Raises:
-        BaseModelError: a family that is not known here, or a config that lacks what its family has.
+        BaseModelError: a family that is not known here, or a config that lacks what its family has, or says
+            what no model can be.
     """
     word = config.get("model_type")
     family = FAMILIES.get(word) if isinstance(word, str) else None
@@ -150,11 +155,13 @@ def shape_of(
     config = {**dict(family.defaults), **config}
     found = {name: _number(config, names) for name, names in _NAMES.items()}
     hidden, heads, layers = found["hidden"], found["heads"], found["layers"]
+    kv_heads, head_size = _given(config, "num_key_value_heads") or heads, _given(config, "head_dim")
+    _check(layers, hidden, heads, kv_heads, head_size)
     shape = ModelShape(
         family=str(word),
         intermediate=_given(config, "intermediate_size", "hidden_dim", "n_inner") or 4 * hidden,
-        kv_heads=_given(config, "num_key_value_heads") or heads,
-        head_size=_given(config, "head_dim") or hidden // heads,
+        kv_heads=kv_heads,
+        head_size=head_size or hidden // heads,
         gated=family.gated,
         activation=_word(config, "hidden_act", "activation_function", "activation") or "silu",
         norms=family.norms,
@@ -181,6 +188,20 @@ def shape_of(
             "base_bytes": 4 * parameters,
         }
     )
+
+
+def task_of(config: Mapping[str, Any]) -> str:
+    """What the model of a ``config.json`` was made for, by its class; classification where it names none.
+
+    Raises:
+        BaseModelError: ``architectures`` is no list of names.
+    """
+    kinds = config.get("architectures") or [""]
+    if not isinstance(kinds, list) or not isinstance(kinds[0], str):
+        raise BaseModelError(
+            f"config.json: architectures is {shown(kinds)}, no list of names", "say with --task what to train"
+        )
+    return "causal-lm" if kinds[0].endswith(("ForCausalLM", "LMHeadModel")) else "classification"
 
 
 def held_base_bytes(shape: ModelShape, word: str) -> int:
@@ -242,7 +263,8 @@ def _outside(shape: ModelShape, family: _Family, config: Mapping[str, Any], task
     if family.positions and config.get("position_biased_input", True):
         vectors += _given(config, "max_position_embeddings", "n_positions") or 512
     if shape.family in _TYPED:
-        vectors += int(config.get("type_vocab_size", 2))
+        types = _whole(config, "type_vocab_size")
+        vectors += 2 if types is None else max(0, types)
     if shape.family == "deberta-v2":  # relative positions, and the norm over them
         buckets = _given(config, "position_buckets") or _given(config, "max_position_embeddings") or 512
         vectors += 2 * buckets + family.norm_values if config.get("relative_attention") else 0
@@ -262,9 +284,36 @@ def _size(part: DensePart) -> int:
     return part.shape[0] * (part.shape[1] if len(part.shape) > 1 else 1)
 
 
+def _check(layers: int, hidden: int, heads: int, kv_heads: int, head_size: int | None) -> None:
+    wrong = ""
+    if layers > _MOST_LAYERS:
+        wrong = f"{layers} layers, and {_MOST_LAYERS} are the most that are planned"
+    elif head_size is None and heads > hidden:
+        wrong = f"{heads} attention heads in a width of {hidden}, which leaves each less than one value"
+    elif heads % kv_heads:
+        wrong = f"{kv_heads} heads of keys and values, which {heads} attention heads cannot share evenly"
+    if wrong:
+        raise BaseModelError(f"config.json says {wrong}", "it is no config of a model that could be loaded")
+
+
 def _given(config: Mapping[str, Any], *names: str) -> int | None:
-    values = (config.get(name) for name in names)
-    return next((v for v in values if isinstance(v, int) and not isinstance(v, bool) and v > 0), None)
+    """The first of these that is above 0: null, 0 and below say that the model has none."""
+    values = (_whole(config, name) for name in names)
+    return next((value for value in values if value is not None and value > 0), None)
+
+
+def _whole(config: Mapping[str, Any], name: str) -> int | None:
+    """None where it is missing or null; 768.0 is 768. Raises BaseModelError where it is no whole number."""
+    value = config.get(name)
+    if value is None:
+        return None
+    number = not isinstance(value, bool) and isinstance(value, int | float)
+    if not number or value != value // 1 or value > _LARGEST:
+        raise BaseModelError(
+            f"config.json: {name} is {shown(value)}; allowed: a whole number up to {_LARGEST}",
+            "a model's config.json holds plain numbers there",
+        )
+    return int(value)
 
 
 def _word(config: Mapping[str, Any], *names: str) -> str | None:

@@ -17,7 +17,7 @@ from edge_sdk.errors import BaseModelError, ConfigError
 from edge_sdk.planning.cost import peak_mb
 from edge_sdk.planning.fitting import estimate
 from edge_sdk.planning.frontier import Round, frontier
-from edge_sdk.planning.shapes import held_base_bytes, shape_of
+from edge_sdk.planning.shapes import held_base_bytes, shape_of, task_of
 from edge_sdk.planning.work import prices
 from edge_sdk.protocol.model import LoraShape
 from edge_sdk.protocol.spec import Levers, Setting
@@ -54,6 +54,39 @@ def test_what_cannot_be_read_is_refused_with_what_can() -> None:
         shape_of({k: v for k, v in ROBERTA.items() if k != "num_hidden_layers"})
     with pytest.raises(BaseModelError, match=r"lora\.targets may name"):
         shape_of(ROBERTA, lora=LoraShape(targets=("nowhere",)))
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        ({"num_attention_heads": 1000}, "1000 attention heads in a width of 768"),
+        ({"num_key_value_heads": 5}, "5 heads of keys and values, which 12"),
+        ({"num_hidden_layers": 10**6}, "1000000 layers, and 1000"),
+        ({"vocab_size": 10**12}, "vocab_size is 1000000000000; allowed: a whole number up to"),
+        ({"hidden_size": 768.5}, r"hidden_size is 768\.5; allowed: a whole number"),
+        ({"hidden_size": "768"}, 'hidden_size is "768"; allowed'),
+        ({"hidden_size": 0}, "has no hidden_size"),
+        ({"num_hidden_layers": True}, "num_hidden_layers is true; allowed"),
+        ({"type_vocab_size": [2]}, "type_vocab_size is a list of 1; allowed"),
+    ],
+)
+def test_a_config_of_no_model_is_refused(said: dict[str, object], why: str) -> None:
+    with pytest.raises(BaseModelError, match=why):
+        shape_of({**ROBERTA, **said})
+
+
+def test_whole_numbers_may_have_a_point_and_null_is_as_missing() -> None:
+    assert shape_of({**ROBERTA, "hidden_size": 768.0, "num_hidden_layers": 12.0}) == shape_of(ROBERTA)
+    assert shape_of({**ROBERTA, "head_dim": None, "num_key_value_heads": 0}) == shape_of(ROBERTA)
+    assert shape_of({**ROBERTA, "num_attention_heads": 1000, "head_dim": 4}).query_width == 4000
+
+
+def test_the_task_is_that_of_the_class_which_a_config_names() -> None:
+    assert [task_of(one) for one in (ROBERTA, LLAMA)] == ["classification", "causal-lm"]
+    assert task_of({"architectures": []}) == task_of({"architectures": None}) == "classification"
+    for wrong in ({"a": 1}, 3, "BertModel", [None], [["x"]]):
+        with pytest.raises(BaseModelError, match=r"architectures is .*, no list of names"):
+            task_of({"architectures": wrong})
 
 
 # Batch 8, length 128, every layer tuned, LoRA of rank 8 on all linears: measured under mimalloc on another
