@@ -73,7 +73,7 @@ class Gates:
         if least is None or charge is None or profile.on_ac:
             self._low = False
             return None
-        self._low = charge < least + (BATTERY_MARGIN if self._low else 0.0)
+        self._low = charge < (min(least + BATTERY_MARGIN, 100.0) if self._low else least)
         if not self._low:
             return None
         return Closed("battery", f"{charge:.0f} %, and {least:g} % are needed on battery")

@@ -34,6 +34,13 @@ def test_a_gauge_that_wavers_does_not_open_the_battery_again() -> None:
     assert said == [False, True, True, True, False, False]
 
 
+@pytest.mark.parametrize("least", [98.5, 99, 100])
+def test_a_full_battery_opens_again_whatever_is_asked_of_it(least: float) -> None:
+    gates = Gates(GatesSection(min_battery_percent=least))
+    said = [bool(closed(gates, battery_percent=charge, on_ac=False)) for charge in (97, 99.9, 100)]
+    assert said == [True, True, False]
+
+
 def test_battery_without_a_word_on_supply_counts_as_battery() -> None:
     assert closed(Gates(GatesSection(min_battery_percent=30)), battery_percent=20)
     assert closed(Gates(GatesSection(ac_only=True)), battery_percent=90) == [
