@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import typer
 
 from edge_sdk.errors import ConfigError, EdgeError
 
-__all__ = ["run_commands", "show_version", "write_config"]
+__all__ = ["finite", "run_commands", "show_version", "write_config"]
 
 
 def run_commands(app: Callable[[], None]) -> None:
@@ -32,6 +33,13 @@ def show_version(wanted: bool) -> None:
 
         typer.echo(__version__)
         raise typer.Exit
+
+
+def finite(value: float | None) -> float | None:
+    """Callback of options for figures: to click's ranges nan is within any bounds."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no finite number")
+    return value
 
 
 def write_config(path: Path, text: str, *, name: str, command: str, force: bool, as_json: bool) -> None:

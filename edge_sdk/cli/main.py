@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from edge_sdk.console import run_commands, show_version, write_config
+from edge_sdk.config.bounds import LARGEST, MAX_BATCH, MAX_LABELS, MAX_LENGTH, MAX_RANK, MAX_STEPS
+from edge_sdk.console import finite, run_commands, show_version, write_config
 
 __all__ = ["app", "main"]
 
@@ -91,7 +92,11 @@ def profile(
     seconds: Annotated[
         float | None,
         typer.Option(
-            "--seconds", min=2, max=600, help="For all of it, 18 if not told; a slow disk wants more."
+            "--seconds",
+            min=2,
+            max=600,
+            callback=finite,
+            help="For all of it, 18 if not told; a slow disk wants more.",
         ),
     ] = None,
     json: JsonOption = False,
@@ -124,7 +129,13 @@ def quantize_base(
     ] = None,
     budget_mb: Annotated[
         float | None,
-        typer.Option("--budget-mb", min=0.001, help="What the whole base may take, in 10^6 bytes."),
+        typer.Option(
+            "--budget-mb",
+            min=0.001,
+            max=LARGEST,
+            callback=finite,
+            help="What the whole base may take, in 10^6 bytes.",
+        ),
     ] = None,
     precision: Annotated[
         Precision | None,
@@ -147,7 +158,7 @@ def quantize_base(
         ),
     ] = Salience.loss,
     rows: Annotated[int, typer.Option("--rows", min=1, max=4096, help="How many of them.")] = 32,
-    length: Annotated[int, typer.Option("--length", min=2, max=32768, help="Tokens of a row.")] = 128,
+    length: Annotated[int, typer.Option("--length", min=2, max=MAX_LENGTH, help="Tokens of a row.")] = 128,
     task: Annotated[
         Task | None,
         typer.Option(
@@ -184,23 +195,40 @@ def plan(
     ] = None,
     memory_mb: Annotated[
         float | None,
-        typer.Option("--memory-mb", min=1, help="What the trainer may hold in all, in 10^6 bytes."),
+        typer.Option(
+            "--memory-mb",
+            min=1,
+            max=LARGEST,
+            callback=finite,
+            help="What the trainer may hold in all, in 10^6 bytes.",
+        ),
     ] = None,
     gflops: Annotated[
         float | None,
-        typer.Option("--gflops", min=0.001, help="Throughput of the device, as profile measures it."),
+        typer.Option(
+            "--gflops",
+            min=0.001,
+            max=LARGEST,
+            callback=finite,
+            help="Throughput of the device, as profile measures it.",
+        ),
     ] = None,
     task: Annotated[Task | None, typer.Option("--task", help="Else by the config.")] = None,
-    labels: Annotated[int, typer.Option("--labels", min=2, help="Of a classifier.")] = 2,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Rows of a step.")] = 16,
-    length: Annotated[int, typer.Option("--length", min=2, help="Tokens of a row.")] = 128,
-    rank: Annotated[int, typer.Option("--rank", min=1, help="Of LoRA, in all linears.")] = 8,
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Of a round.")] = 25,
+    labels: Annotated[int, typer.Option("--labels", min=2, max=MAX_LABELS, help="Of a classifier.")] = 2,
+    batch: Annotated[int, typer.Option("--batch", min=1, max=MAX_BATCH, help="Rows of a step.")] = 16,
+    length: Annotated[int, typer.Option("--length", min=2, max=MAX_LENGTH, help="Tokens of a row.")] = 128,
+    rank: Annotated[int, typer.Option("--rank", min=1, max=MAX_RANK, help="Of LoRA, in all linears.")] = 8,
+    steps: Annotated[int, typer.Option("--steps", min=1, max=MAX_STEPS, help="Of a round.")] = 25,
     base_precision: Annotated[
         HeldIn, typer.Option("--base-precision", help="What the frozen weights are held in.")
     ] = HeldIn.fp32,
-    up_mbps: Annotated[float | None, typer.Option("--up-mbps", min=0.001, help="The link's rate up.")] = None,
-    down_mbps: Annotated[float | None, typer.Option("--down-mbps", min=0.001, help="And down.")] = None,
+    up_mbps: Annotated[
+        float | None,
+        typer.Option("--up-mbps", min=0.001, max=LARGEST, callback=finite, help="The link's rate up."),
+    ] = None,
+    down_mbps: Annotated[
+        float | None, typer.Option("--down-mbps", min=0.001, max=LARGEST, callback=finite, help="And down.")
+    ] = None,
     prices: Annotated[
         bool, typer.Option("--show-prices", help="What estimates reckon with and where that is from.")
     ] = False,

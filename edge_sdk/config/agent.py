@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from edge_sdk.config.base_plan import read_plan
+from edge_sdk.config.bounds import LARGEST
 from edge_sdk.config.broker import BrokerConfig
 from edge_sdk.config.kinds import BasePath, FilePath, FolderPath
 from edge_sdk.protocol.base import Name, NotNegative, Record, Text
@@ -38,7 +39,7 @@ class AgentSection(Record, frozen=True, kw_only=True):
     emulated: bool = False
     """This machine only plays that device class, by limits."""
     state_dir: FolderPath = "state"
-    idle_unload_s: Annotated[float, msgspec.Meta(ge=0)] = 300.0
+    idle_unload_s: Annotated[float, msgspec.Meta(ge=0, le=LARGEST)] = 300.0
     """The trainer ends after so long without work; 0: at once."""
 
 
@@ -88,14 +89,14 @@ class TrainerSection(Record, frozen=True, kw_only=True):
 
 
 class LimitsSection(Record, frozen=True, kw_only=True):
-    memory_mb: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    memory_mb: Annotated[float, msgspec.Meta(gt=0, le=LARGEST)] | None = None
     """What the trainer process may hold in all; enforced."""
-    uplink_kbps: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    uplink_kbps: Annotated[float, msgspec.Meta(gt=0, le=LARGEST)] | None = None
     """kilobit per second; what the agent sends is held to it by a token bucket."""
     link_probe_mb: Annotated[float, msgspec.Meta(ge=0, le=4)] = 1.0
     """What may go over the link to measure it, both ways together: at joining, and again when what is known
     is a day old; 0: it is not measured, and only transfers show it."""
-    prefix_cache_mb: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    prefix_cache_mb: Annotated[float, msgspec.Meta(ge=0, le=LARGEST)] = 0.0
     """What may be kept of the frozen layers' output over the epochs of a round; 0: nothing."""
     prefix_cache: Literal["memory", "disk"] = "memory"
     """Where. In memory it is part of ``memory_mb``; on disk, a file without a name in the state folder."""
@@ -107,14 +108,14 @@ class GatesSection(Record, frozen=True, kw_only=True):
     min_battery_percent: Percent | None = None
     """On battery and below it: no work."""
     ac_only: bool = False
-    battery_training_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    battery_training_s: Annotated[float, msgspec.Meta(gt=0, le=LARGEST)] | None = None
     """On battery a round may train for so long, as predicted; what takes longer is not chosen."""
     max_temperature_c: Celsius | None = None
     """Of the hottest sensor; above it: no work until it is below by the margin."""
     temperature_margin_c: Celsius = 5.0
     quiet_hours: tuple[Hours, ...] = ()
     """Windows of local time in which nothing is computed; one may span midnight."""
-    traffic_mb_per_day: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    traffic_mb_per_day: Annotated[float, msgspec.Meta(gt=0, le=LARGEST)] | None = None
     """Both ways together, by the local day; updates wait for the next one."""
     check_s: Annotated[float, msgspec.Meta(ge=1, le=3600)] = 10.0
     """How often the gates are looked at."""

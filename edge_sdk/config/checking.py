@@ -248,7 +248,7 @@ def _describe(info: inspect.Type) -> str:
 def _bounds(number: inspect.IntType | inspect.FloatType) -> str:
     words = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
     limits = [
-        f"{word} {getattr(number, name):g}"
+        f"{word} {getattr(number, name):.12g}"
         for name, word in words.items()
         if getattr(number, name) not in (None, MOST)  # which is so large that nobody needs to be told
     ]

@@ -13,11 +13,11 @@ from typing import TypeVar
 import msgspec
 
 from edge_sdk.config.agent import AgentConfig, AgentSection, DataSection, GatesSection, TrainerSection
+from edge_sdk.config.bounds import MAX_LABELS
 from edge_sdk.config.broker import BrokerConfig, check_broker, is_embedded
 from edge_sdk.config.checking import Rules, Schema, check, read_toml
 from edge_sdk.config.problems import Problem, shown
 from edge_sdk.config.run import (
-    MAX_LABELS,
     TEMPLATES,
     EvaluationSection,
     LoraSection,
@@ -114,6 +114,12 @@ def _check_trainer(trainer: TrainerSection) -> list[Problem]:
 
 def _check_gates(gates: GatesSection) -> list[Problem]:
     problems = []
+    most, margin = gates.max_temperature_c, gates.temperature_margin_c
+    if most is not None and margin >= most:
+        what = f"is {margin:g}, and gates.max_temperature_c {most:g}: once closed it would never open again"
+        problems.append(
+            Problem("gates.temperature_margin_c", what, "a margin is a few degrees; 5 if not told")
+        )
     for window in gates.quiet_hours:
         begin, _, end = window.partition("-")
         if begin == end:

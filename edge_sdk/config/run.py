@@ -7,12 +7,12 @@ from typing import Annotated, Literal
 import msgspec
 
 from edge_sdk.config.agent import BaseSection, DataSection, TrainerSection
+from edge_sdk.config.bounds import LARGEST, MAX_BATCH, MAX_LABELS, MAX_LENGTH, MAX_RANK, MAX_STEPS
 from edge_sdk.config.broker import BrokerConfig
 from edge_sdk.config.kinds import FolderPath
 from edge_sdk.protocol.base import Name, NotNegative, Positive, Record, Text
 
 __all__ = [
-    "MAX_LABELS",
     "TEMPLATES",
     "EvaluationSection",
     "LoraSection",
@@ -27,10 +27,9 @@ __all__ = [
     "TransferSection",
 ]
 
-MAX_LABELS = 4096
 TEMPLATES = {"classification": "{text}", "causal-lm": "{prompt}\n{response}"}
 Rate = Annotated[float, msgspec.Meta(gt=0, le=10)]
-Seconds = Annotated[float, msgspec.Meta(gt=0)]
+Seconds = Annotated[float, msgspec.Meta(gt=0, le=LARGEST)]
 Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
 
 
@@ -61,16 +60,16 @@ class RunSection(Record, frozen=True, kw_only=True):
 
 
 class LoraSection(Record, frozen=True, kw_only=True):
-    rank: Positive = 8
-    alpha: Annotated[float, msgspec.Meta(gt=0)] = 16.0
+    rank: Annotated[int, msgspec.Meta(ge=1, le=MAX_RANK)] = 8
+    alpha: Annotated[float, msgspec.Meta(gt=0, le=LARGEST)] = 16.0
     targets: tuple[Text, ...] = ("all-linear",)
 
 
 class TrainingSection(Record, frozen=True, kw_only=True):
-    steps: Positive = 25
-    batch: Positive = 16
-    max_length: Annotated[int, msgspec.Meta(ge=1, le=32768)] = 128
-    accumulation: Positive = 1
+    steps: Annotated[int, msgspec.Meta(ge=1, le=MAX_STEPS)] = 25
+    batch: Annotated[int, msgspec.Meta(ge=1, le=MAX_BATCH)] = 16
+    max_length: Annotated[int, msgspec.Meta(ge=1, le=MAX_LENGTH)] = 128
+    accumulation: Annotated[int, msgspec.Meta(ge=1, le=MAX_BATCH)] = 1
     """Batches a step; memory is that of one."""
     optimizer: Literal["adamw", "adamw8bit", "paged-adamw8bit", "sgd"] = "adamw"
     factors: Literal["AB", "A", "B"] | None = None
@@ -91,7 +90,7 @@ class RoundsSection(Record, frozen=True, kw_only=True):
     """A round waits until so many devices are there and ready."""
     deadline_s: Seconds | None = None
     """None: from the devices' predicted times."""
-    linger_s: Annotated[float, msgspec.Meta(ge=0)] = 30.0
+    linger_s: Annotated[float, msgspec.Meta(ge=0, le=LARGEST)] = 30.0
     """After the last round, how long to wait for devices to fetch the final version."""
     schedule: Literal["synchronous", "buffered"] | None = None
     """None: what the method says. ``buffered``: work for whoever is free, merges of ``buffer`` updates."""
@@ -138,7 +137,7 @@ class TransferSection(Record, frozen=True, kw_only=True):
 
 
 class StorageSection(Record, frozen=True, kw_only=True):
-    keep_free_mb: Annotated[float, msgspec.Meta(ge=0)] = 100.0
+    keep_free_mb: Annotated[float, msgspec.Meta(ge=0, le=LARGEST)] = 100.0
     """Below so much room on the state folder's disk (10^6 bytes) the rounds pause until there is more."""
     keep_versions: bool = False
     """Keep the files of all versions; otherwise those that nobody needs any more go after each round."""

@@ -123,6 +123,12 @@ def test_one_error_is_one_line(agent):
         ("[trainer]\nthreads = true", "received true; allowed: an integer"),
         ('[trainer]\ndevice = "cuda:x"', '"cuda:x"; allowed: "auto", "cpu" or "cuda:N"'),
         ("[limits]\nmemory_mb = inf", "received inf; allowed: a finite number above 0"),
+        ("[limits]\nmemory_mb = nan", "received nan; allowed: a finite number above 0"),
+        ("[limits]\nmemory_mb = 1e300", "allowed: a finite number above 0, at most 1000000000"),
+        (
+            "[gates]\nmax_temperature_c = 4",
+            "gates.temperature_margin_c: is 5, and gates.max_temperature_c 4: once closed it would never",
+        ),
         ("trainer = 3", "data.trainer: is no key"),
     ],
 )
@@ -208,6 +214,9 @@ def test_a_state_folder_that_is_a_file(agent, tmp_path):
             'received "adam"; allowed: one of "adamw", "adamw8bit", "paged-adamw8bit", "sgd"',
         ),
         ("[base]", "[training]\nlearning_rate = 20\n[base]", "a finite number above 0, at most 10"),
+        ("[base]", "[training]\nsteps = 10000000\n[base]", "an integer at least 1, at most 1000000"),
+        ("[base]", "[lora]\nrank = 5000\n[base]", "an integer at least 1, at most 4096"),
+        ("[base]", "[rounds]\ndeadline_s = 1e12\n[base]", "a finite number above 0, at most 1000000000"),
         ("[base]", "[transfer]\nchunk_kib = 257\n[base]", "an integer at least 1, at most 256"),
         ("[base]", '[rounds]\nschedule = "buffered"\nlate = "refuse"\n[base]', "rounds.late"),
         ("[base]", '[rounds]\nselection = "all"\ndevices_per_round = 2\n[base]', "rounds.devices_per_round"),

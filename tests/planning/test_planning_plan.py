@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from msgspec.structs import replace
+from typer.testing import CliRunner
 
+from edge_sdk.cli.main import app
 from edge_sdk.cli.planning import Asked, show_plan
+from edge_sdk.console import finite
 from edge_sdk.device.capacity import capacity
 from edge_sdk.device.classes import device_class
 from edge_sdk.errors import BaseModelError, ConfigError
@@ -181,6 +185,23 @@ def test_without_figures_there_are_reasons(tmp_path: Path, capsys: pytest.Captur
     with pytest.raises(BaseModelError, match="is not JSON") as told_why:
         show_plan(Asked(**{**vars(ASKED), "model": tmp_path / "cut.json", "memory_mb": 1.0}), as_json=False)
     assert "config.json" in told_why.value.hint
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["--memory-mb nan", "--memory-mb inf", "--gflops nan", "--up-mbps 1e300", "--rank 1000000",
+     "--batch 100000000000000"],
+)  # fmt: skip
+def test_figures_of_no_machine_are_refused(words: str) -> None:
+    told = CliRunner().invoke(app, ["plan", "--model", "nowhere", *words.split()])
+    assert told.exit_code == 2 and words.split()[0] in told.output
+
+
+def test_a_figure_is_finite_whatever_typer_takes_for_one() -> None:
+    assert (finite(None), finite(2.0)) == (None, 2.0)
+    for wrong in (float("nan"), float("inf")):
+        with pytest.raises(typer.BadParameter, match="is no finite number"):
+            finite(wrong)
 
 
 def told_of(capsys: pytest.CaptureFixture[str], model: Path, **asked: object) -> dict[str, Any]:
