@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
-from edge_sdk.data.base_files import find_base
+from edge_sdk.data.base_files import find_base, weight_files
 from edge_sdk.errors import BaseModelError
 
 __all__ = ["compute_device", "gpu_uuid", "local_base"]
@@ -14,28 +17,42 @@ __all__ = ["compute_device", "gpu_uuid", "local_base"]
 _FILES = ("*.json", "*.jinja", "*.safetensors", "*.txt", "*.model", "bpe.codes")
 
 
-def local_base(base: str) -> Path:
+def local_base(base: str, check: Callable[[], None] = lambda: None) -> Path:
     """The folder of the base: a local one, the hub cache's, or fetched from the hub where it is a hub id.
 
-    A local folder makes the Hugging Face libraries stay offline. Raises BaseModelError.
+    A local folder makes the Hugging Face libraries stay offline. ``check`` is called every second of a
+    fetch; raises to end the waiting: what is there by then need not be fetched again. Raises BaseModelError.
     """
     try:
         folder = find_base(base)
+        if not Path(base).expanduser().exists():
+            weight_files(folder)  # a fetch that was cut short leaves a folder without them
     except BaseModelError as missing:
         if Path(base).expanduser().is_absolute() or base.startswith((".", "~")) or base.count("/") > 1:
             raise
-        return _fetch(base, missing)
+        return _fetch(base, missing, check)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
     return folder
 
 
-def _fetch(hub_id: str, missing: BaseModelError) -> Path:
+def _fetch(hub_id: str, missing: BaseModelError, check: Callable[[], None]) -> Path:
     from huggingface_hub import snapshot_download
 
+    fetched: Future[str] = Future()
+
+    def fetch() -> None:
+        try:
+            # safetensors and text only: a pickle can run any code
+            fetched.set_result(snapshot_download(hub_id, allow_patterns=list(_FILES)))
+        except BaseException as error:
+            fetched.set_exception(error)
+
+    threading.Thread(target=fetch, name="fetch", daemon=True).start()
+    while not wait([fetched], timeout=1.0).done:
+        check()
     try:
-        # safetensors and text only: a pickle can run any code
-        return Path(snapshot_download(hub_id, allow_patterns=list(_FILES)))
+        return Path(fetched.result())
     except Exception as error:  # the hub's and the connection's errors have no common base
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise BaseModelError(f"{missing.message}, and cannot be fetched: {reason}", missing.hint) from error

@@ -49,8 +49,10 @@ if TYPE_CHECKING:
 __all__ = ["Engine"]
 
 _PROGRESS_S = 0.5
-_LEAST_MEASURE_S = 0.5
 """Least time between two progress replies of a request."""
+_ALIVE_S = 60.0
+"""The last one is repeated where so long nothing was said: a host takes a silent trainer for dead."""
+_LEAST_MEASURE_S = 0.5
 
 Stage = Literal["loading", "probing", "training", "evaluating", "planning", "measuring"]
 
@@ -68,7 +70,8 @@ class Engine:
         self._enforce = enforce
         self._resident: Resident | None = None
         self._interrupted = threading.Event()
-        self._told = 0.0
+        self._told = self._heard = 0.0
+        self._said = Progress(id=0, stage="loading", done=0, total=1)
 
     @property
     def loaded(self) -> bool:
@@ -91,7 +94,8 @@ class Engine:
 
     def handle(self, request: TrainerRequest) -> None:
         """Answers a request; never raises."""
-        self._told = 0.0
+        self._told, self._heard = 0.0, time.monotonic()
+        self._said = Progress(id=getattr(request, "id", 0), stage="loading", done=0, total=1)
         failure: Failed | None = None
         try:
             reply = self._answer(request)
@@ -127,13 +131,17 @@ class Engine:
     def _check(self) -> None:
         if self._interrupted.is_set():
             raise InterruptError
+        if time.monotonic() - self._heard >= _ALIVE_S:
+            self._heard = time.monotonic()
+            self._deliver(self._said)
 
     def _progress(self, request: int, stage: Stage, done: int, total: int, **more: float | None) -> None:
         now = time.monotonic()
+        self._said = Progress(id=request, stage=stage, done=done, total=total, **more)
         if done < total and now - self._told < _PROGRESS_S:
             return
-        self._told = now
-        self._deliver(Progress(id=request, stage=stage, done=done, total=total, **more))
+        self._told = self._heard = now
+        self._deliver(self._said)
 
     def _ready(self, request: int, setup: Setup) -> Resident:
         """The resident model of a setup, loaded where another one or none is there."""
@@ -142,7 +150,7 @@ class Engine:
             keep_lean()
         from edge_sdk.training.base import local_base
 
-        folder = local_base(setup.base)
+        folder = local_base(setup.base, self._check)
         # what a training needs is loaded now, and so part of the memory at rest
         from edge_sdk.training import update as _  # noqa: F401
         from edge_sdk.training.resident import Resident, resident_key
@@ -216,6 +224,11 @@ class Engine:
             raise MechanismError(
                 f"at depth 0 the head alone is trained, and a {resident.task.name} has none",
                 "offer a depth of 1 or more",
+            )
+        if candidate.depth > (layers := resident.model.shape.layers):
+            raise MechanismError(
+                f"a depth of {candidate.depth} is offered, and this base has {layers} layers",
+                "offer no more layers than there are",
             )
         rows = resident.rows(setup, candidate.max_length)
         resident.settle(setup)
@@ -328,7 +341,7 @@ class Engine:
         from edge_sdk.training.base import local_base
 
         started = time.perf_counter()
-        folder = local_base(request.setup.base)
+        folder = local_base(request.setup.base, self._check)
         import torch
 
         from edge_sdk.training.precision.planning import plan_base

@@ -129,14 +129,19 @@ class Prefix:
         there = kept.has(rows)
         count = int(there.sum())
         self.computed += len(rows) - count
-        self.read += count
         if not count:
             self._storing = rows
             return
-        hidden = kept.get(rows[there], next(self._bottom.parameters()).device)
+        try:
+            hidden = kept.get(rows[there], next(self._bottom.parameters()).device)
+        except OSError as error:
+            self.computed += count
+            self._give_up(f"kept hidden states cannot be read: {error}")
+            return
+        self.read += count
         if count < len(rows):
             fresh = self._reach(*_part(args, kwargs, ~there))
-            kept.put(rows[~there], fresh)
+            self._put(kept, rows[~there], fresh)
             places = there.to(fresh.device)
             whole = fresh.new_empty((len(rows), *fresh.shape[1:]))
             whole[places], whole[~places] = hidden, fresh
@@ -213,7 +218,13 @@ class Prefix:
         if self._kept is None:
             self._begin_keeping(hidden, len(rows))
         if self._kept is not None:
-            self._kept.put(rows, hidden)
+            self._put(self._kept, rows, hidden)
+
+    def _put(self, kept: KeptRows, rows: Any, hidden: Any) -> None:
+        try:
+            kept.put(rows, hidden)
+        except OSError as error:  # some file systems promise room that they have not got
+            self._give_up(f"hidden states cannot be kept: {error}")
 
     def _begin_keeping(self, hidden: Any, batch: int) -> None:
         """``hidden``: of the first batch."""
@@ -237,6 +248,9 @@ class Prefix:
 
     def _give_up(self, why: str) -> None:
         self.off = why
+        if self._kept is not None:
+            self._kept.close()
+        self._kept, self.kept_bytes = None, 0
         _log.warning("the frozen layers are computed at every visit: %s", why)
 
     def _worth_keeping(self, most: int) -> Any:

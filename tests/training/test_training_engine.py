@@ -37,6 +37,7 @@ from edge_sdk.protocol.trainer import (  # noqa: E402
     TrainerReply,
     TrainerRequest,
 )
+from edge_sdk.training import checking, engine  # noqa: E402
 from edge_sdk.training.base import gpu_uuid  # noqa: E402
 from edge_sdk.training.inline import InlineTrainer  # noqa: E402
 from edge_sdk.training.model.checkpoint import Entry  # noqa: E402
@@ -467,6 +468,28 @@ def test_loading_is_interrupted_too(bench: Bench, monkeypatch: pytest.MonkeyPatc
     assert not bench.trainer.loaded
     monkeypatch.undo()
     assert bench.describe().samples == 96
+
+
+def test_more_layers_than_there_are_cannot_be_offered(bench: Bench) -> None:
+    reply = bench.train(candidate={"depth": 4})
+    assert isinstance(reply, Failed) and reply.cause == "mechanism" and "3 layers" in reply.message
+
+
+def test_a_long_step_is_no_silence(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.describe()
+
+    def told() -> list[Progress]:
+        assert isinstance(bench.train(candidate={"steps": 2}), Trained)
+        return [reply for reply in bench.replies if isinstance(reply, Progress)]
+
+    seldom = told()
+    monkeypatch.setattr(engine, "_ALIVE_S", 0.0)
+    monkeypatch.setattr(checking, "_EVERY_S", 0.0)
+    often = told()
+    assert len(often) > len(seldom) + 2 * 2 * 3  # every layer, forward and backward
+    assert often[0].stage == "loading"  # until the first step is done nothing else was said
+    assert {reply.done for reply in often if reply.stage == "training"} == {1, 2}
+    assert {reply.id for reply in often} == {2}
 
 
 def test_rows_are_read_again_when_the_file_changed(bench: Bench, tmp_path: Path) -> None:

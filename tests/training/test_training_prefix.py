@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,27 @@ def test_when_it_is_left_alone(bench: Bench, tmp_path: Path, caplog: pytest.LogC
         assert why in str(prefix.off) and why in caplog.text
         assert trace.losses == plain.losses and prefix.read == 0
         assert all(np.array_equal(again[key], moved[key]) for key in moved)
+
+
+@pytest.mark.parametrize(("call", "after"), [("pwrite", 7), ("preadv", 3)])
+def test_a_disk_that_fails_half_way_ends_the_reuse_alone(
+    call: str, after: int, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, moved = bench.train()
+    real, calls = getattr(os, call), []
+
+    def failing(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) > after:
+            raise OSError(28, "No space left on device")
+        return real(*args)
+
+    monkeypatch.setattr(os, call, failing)
+    prefix = bench.prefix(shelf=on_disk(tmp_path))
+    trace, again = bench.train(prefix)
+    assert len(calls) == after + 1 and "No space left" in str(prefix.off)
+    assert prefix.kept_bytes == 0 and prefix.read + prefix.computed < BATCH * 6
+    assert trace.losses == pytest.approx(plain.losses, rel=1e-5) and far(again, moved) < 1e-3
 
 
 def test_a_model_of_another_structure_is_told(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,23 +86,22 @@ def pack_flat(flat: Any, form: Form, *, width: int, generator: Any = None) -> Pa
     """Packs (n,) values; no group crosses a multiple of ``width`` where ``width`` has a fitting divisor."""
     count, bits = flat.numel(), form.bits
     group = _group(width, form.group or GROUPS[bits], count)
-    full = count // group * group
-    stochastic = form.rounding == "stochastic"
-    codes = _checked(flat[:full].view(-1, group), bits, generator, stochastic)
-    bits, codes = codes
-    if full < count:
-        rest = torch.cat((flat[full:], flat[-1:].expand(group - count + full))).view(1, group)
-        codes = torch.cat((codes, kernels.pack_rows(rest, bits, generator, stochastic=stochastic)))
+    codes = _codes(flat, bits, group, form, generator)
+    if bits < 8 and flat.dtype != torch.float16:
+        tails = codes[:, -4:].contiguous().view(torch.float16)
+        if not bool(tails.float().sum().isfinite()):  # beyond 65504: eight bits have a float32 scale
+            bits, codes = 8, _codes(flat, 8, group, form, generator)
     return Packed(codes, bits, group, (count,), flat.dtype)
 
 
-def _checked(rows: Any, bits: int, generator: Any, stochastic: bool) -> tuple[int, Any]:
-    codes = kernels.pack_rows(rows, bits, generator, stochastic=stochastic)
-    if bits < 8 and rows.dtype != torch.float16:
-        tail = codes[:, -4:].contiguous().view(torch.float16)
-        if not bool(tail.float().sum().isfinite()):  # beyond 65504: eight bits have a float32 scale
-            return 8, kernels.pack_rows(rows, 8, generator, stochastic=stochastic)
-    return bits, codes
+def _codes(flat: Any, bits: int, group: int, form: Form, generator: Any) -> Any:
+    """Rows of codes of all groups; the last one is filled up with its last value."""
+    stochastic, full = form.rounding == "stochastic", flat.numel() // group * group
+    codes = kernels.pack_rows(flat[:full].view(-1, group), bits, generator, stochastic=stochastic)
+    if full == flat.numel():
+        return codes
+    rest = torch.cat((flat[full:], flat[-1:].expand(group - flat.numel() + full))).view(1, group)
+    return torch.cat((codes, kernels.pack_rows(rest, bits, generator, stochastic=stochastic)))
 
 
 def _group(width: int, wanted: int, count: int) -> int:
