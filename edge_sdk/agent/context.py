@@ -116,7 +116,7 @@ class Context:
         if size <= self.traffic.left:
             return True
         used, until = self.traffic.used, self.clock.wall() + self.traffic.tomorrow_s
-        if until > self._waits_until:
+        if abs(until - self._waits_until) > 60.0:
             self._waits_until = until
             self.emit("traffic.spent", bytes=used, mb_per_day=self.traffic.most_mb, until=until)
         return False

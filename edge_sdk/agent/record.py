@@ -303,6 +303,15 @@ class AgentRecord:
     def ledger(self, run: str) -> dict[str, int]:
         return dict(self._db.execute("SELECT key, value FROM ledger WHERE run=?", (run,)).fetchall())
 
+    def newest_day(self) -> str:
+        """The newest day of which there is a ledger, ``day 2026-01-31``; empty: there is none."""
+        query = "SELECT run FROM ledger WHERE run >= 'day ' AND run < 'day!' ORDER BY run DESC LIMIT 1"
+        row = self._db.execute(query).fetchone()
+        return "" if row is None else str(row[0])
+
+    def forget_days_after(self, day: str) -> None:
+        self._db.execute("DELETE FROM ledger WHERE run > ? AND run < 'day!'", (day,))
+
     def keep_days(self, most: int) -> None:
         """Forgets the traffic of all but the newest days, whose ledgers are named ``day 2026-01-31``."""
         days = "SELECT DISTINCT run FROM ledger WHERE run LIKE 'day %' ORDER BY run DESC LIMIT ?"

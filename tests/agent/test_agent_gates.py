@@ -11,7 +11,9 @@ import pytest
 from agent_fakes import World, version_object
 
 from edge_sdk.agent.inbox import GatesAltered, Pause, Resume
+from edge_sdk.agent.record import AgentRecord
 from edge_sdk.agent.reporting import folder_status
+from edge_sdk.agent.traffic import Traffic
 from edge_sdk.config.agent import GatesSection
 from edge_sdk.device import machine as real_machine
 from edge_sdk.protocol.measure import Profile
@@ -279,6 +281,62 @@ def test_a_month_of_days_is_kept(tmp_path: Path) -> None:
     record = world.core.context.record
     days = record._db.execute("SELECT count(DISTINCT run) FROM ledger WHERE run LIKE 'day %'").fetchone()
     assert days == (31,) and record.ledger("run-1")["bytes_up"] >= 407
+
+
+class AClock:
+    """Both ways to tell the time, apart."""
+
+    def __init__(self) -> None:
+        self.since_boot, self.told = 0.0, 0.0
+
+    def monotonic(self) -> float:
+        return self.since_boot
+
+    def wall(self) -> float:
+        return self.told
+
+    def at(self, day: str, since_boot: float) -> None:
+        self.told, self.since_boot = datetime.fromisoformat(day).timestamp(), since_boot
+
+
+def test_a_clock_that_is_not_set_or_put_back_opens_no_new_allowance(tmp_path: Path) -> None:
+    record, clock = AgentRecord(tmp_path / "agent.db"), AClock()
+    traffic = Traffic(record, clock, 1.0)
+    clock.at("1970-01-01 00:01", 60)
+    traffic.count("run-1", bytes_up=300_000)
+    clock.at("2026-03-02 23:50", 120)
+    assert traffic.used == 300_000, "it was today all the while"
+    traffic.count("run-1", bytes_down=600_000)
+    assert (traffic.used, traffic.left) == (900_000, 100_000)
+    for day in ("2026-03-01 12:00", "1970-01-01 00:00"):  # put back; and booted without a battery
+        traffic = Traffic(record, clock, 1.0)
+        clock.at(day, 180)
+        assert traffic.used == 900_000
+        traffic.count("run-1", bytes_up=50_000)
+        clock.at("2026-03-02 23:59", 240)
+        assert traffic.used == 950_000
+        record.count("day 2026-03-02", bytes_up=-50_000)
+    clock.at("2026-03-03 00:01", 300)
+    assert (traffic.used, traffic.left) == (0, 1_000_000)
+    clock.at("1970-01-01 00:00", 310)
+    traffic.count("run-1", bytes_up=70_000)
+    clock.at("2026-03-04 00:01", 400)
+    assert traffic.used == 70_000, "counted before it was known which day it is"
+
+
+def test_a_clock_that_was_ahead_once_holds_the_allowance_for_a_day_at_most(tmp_path: Path) -> None:
+    record, clock = AgentRecord(tmp_path / "agent.db"), AClock()
+    traffic = Traffic(record, clock, 1.0)
+    clock.at("2099-01-01 10:00", 60)
+    traffic.count("run-1", bytes_up=1_000_000)
+    clock.at("2026-03-02 12:00", 120)
+    assert (traffic.left, traffic.tomorrow_s) == (0, 86_400)
+    clock.at("2026-03-03 11:59", 86_460)
+    assert traffic.left == 0
+    clock.at("2026-03-03 12:00", 86_520)
+    assert traffic.left == 1_000_000
+    traffic.count("run-1", bytes_up=1)
+    assert record.newest_day() == "day 2026-03-03" and traffic.used == 1
 
 
 # -- real files --------------------------------------------------------------------------------------------
