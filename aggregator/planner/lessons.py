@@ -36,6 +36,15 @@ MEMORY = 0.8
 MORE_MEMORY = 1.1
 """Who declined for memory is asked at once when it reports so many times what it had then."""
 
+LEAST_MORE_MB = 1.0
+"""And so much more, where that was next to nothing."""
+
+_STEADY = 8
+"""Rounds without running out of memory before more than what fitted is tried again; after a second failure
+twice as many, and so on up to eight times."""
+_REGAINED = 1.1
+"""What the share of memory grows by with every round from then on: one odd reading is not for ever."""
+
 _LEAST_SLOWER, _MOST_SLOWER = 1.25, 2.0
 """By what a device counts as slower that did not deliver: all that is known is that it takes longer."""
 
@@ -57,6 +66,9 @@ class Lessons(Record, frozen=True, kw_only=True):
     time_ratio: Ratio = 1.0
     memory_share: Annotated[float, msgspec.Meta(gt=0.0, le=1.0)] = 1.0
     """Of what may be filled of the memory, the part up to which the device's own predictions held."""
+    failures: NotNegative = 0
+    """By how many failures that share fell; ``steady``: rounds delivered since the last one."""
+    steady: NotNegative = 0
     declined: NotNegative = 0
     """Declines for memory in a row; ``declined_round`` the last one's round, ``declined_mb`` its budget."""
     declined_round: NotNegative = 0
@@ -77,7 +89,8 @@ class Lessons(Record, frozen=True, kw_only=True):
     def waits(self, round: int, budget_mb: float) -> str:
         """Why the device is not asked in this round; empty: it is."""
         until = self.declined_round + 2 ** min(self.declined, 5)
-        if not self.declined or round >= until or budget_mb > MORE_MEMORY * self.declined_mb:
+        more_mb = max(MORE_MEMORY * self.declined_mb, self.declined_mb + LEAST_MORE_MB)
+        if not self.declined or round >= until or budget_mb > more_mb:
             return ""
         return (
             f"it declined round {self.declined_round} for memory and reports no more of it since; "
@@ -157,6 +170,7 @@ class Lessons(Record, frozen=True, kw_only=True):
             learned = learned._no_more_than(_predicted_mb(choice.candidate, run, status), budget_mb, why)
         if row.state == "received" and row.announce is not None:
             announce = msgspec.json.decode(row.announce, type=Announce)
+            learned = learned if choice.attempt else learned._held()
             return learned._measured(announce, run, status, offer.target_s, row.upload_s)
         if row.state == "missed" and online and open_s > taken.seconds:
             slower = min(max(open_s / max(taken.seconds, 1e-9), _LEAST_SLOWER), _MOST_SLOWER)
@@ -183,7 +197,23 @@ class Lessons(Record, frozen=True, kw_only=True):
     def _no_more_than(self, peak_mb: float, budget_mb: float, why: str) -> Lessons:
         """``peak_mb``: by the device's own prediction."""
         share = (1.0 + 1e-9) * peak_mb / max(MEMORY_SAFETY * budget_mb, 1e-9)
-        return msgspec.structs.replace(self, memory_share=min(self.memory_share, max(share, 0.01)), why=why)
+        return msgspec.structs.replace(
+            self,
+            memory_share=min(self.memory_share, max(share, 0.01)),
+            failures=self.failures + 1,
+            steady=0,
+            why=why,
+        )
+
+    def _held(self) -> Lessons:
+        """After a round that ran out of nothing. What failed once is come to again in small steps."""
+        if self.memory_share == 1.0:
+            return msgspec.structs.replace(self, failures=0, steady=0)
+        steady = self.steady + 1
+        regained = _REGAINED if steady > _STEADY * 2 ** min(max(self.failures - 1, 0), 3) else 1.0
+        return msgspec.structs.replace(
+            self, steady=steady, memory_share=min(1.0, regained * self.memory_share)
+        )
 
     def _measured(
         self, announce: Announce, run: Run, status: Status, target_s: float | None, upload_s: float | None

@@ -130,6 +130,38 @@ def test_who_stepped_down_is_offered_no_more_than_what_then_fitted() -> None:
     assert chosen(plan(more, lessons), more).peak_mb > first.peak_mb, "what it can do grows with its memory"
 
 
+def test_what_one_failure_took_comes_back_in_steps_and_later_after_each_one_more() -> None:
+    status = a_status(fit=a_fit(), budget_mb=150)
+    made = plan(status, Lessons())
+    one = chosen(made, status)
+    low = min(made.candidates["a"], key=lambda c: c.peak_mb)
+
+    def shares(lessons: Lessons, rounds: int) -> list[float]:
+        told = []
+        for _ in range(rounds):
+            lessons = taught(lessons, received(made, one), status)
+            told.append(lessons.memory_share)
+        return told
+
+    lessons = taught(Lessons(), received(made, low, attempt=1), status)
+    fell = lessons.memory_share
+    assert fell < 0.7 and (lessons.failures, lessons.steady) == (1, 0)
+    came = shares(lessons, 40)
+    assert came[:8] == [fell] * 8 and came[8:10] == pytest.approx([1.1 * fell, 1.21 * fell])
+    assert came[-1] == 1.0
+    twice = taught(replace(lessons, memory_share=0.9, steady=20), received(made, low, attempt=1), status)
+    assert (twice.memory_share, twice.failures, twice.steady) == (fell, 2, 0)
+    assert shares(twice, 17)[15:] == pytest.approx([fell, 1.1 * fell])
+    held = taught(replace(lessons, memory_share=1.0, failures=3, steady=9), received(made, one), status)
+    assert (held.memory_share, held.failures) == (1.0, 0)
+
+
+def test_a_budget_of_nothing_is_no_measure_of_more() -> None:
+    declined = Lessons(declined=3, declined_round=1, declined_mb=0.0)
+    assert all(declined.waits(2, budget_mb) for budget_mb in (0.0, 0.5, 1.0))
+    assert not declined.waits(2, 1.5) and not declined.waits(9, 0.0)
+
+
 def test_measured_memory_corrects_the_next_plan_at_once() -> None:
     status = a_status(fit=a_fit(), budget_mb=150)
     made = plan(status, Lessons())
