@@ -16,7 +16,7 @@ __all__ = ["JsonLog"]
 _WARNINGS = frozenset(
     {
         "broker.down", "device.refused", "message.foreign", "offer.none", "round.empty",
-        "storage.paused", "update.refused", "update.set_aside", "version.not_evaluated",
+        "round.uncovered", "storage.paused", "update.refused", "update.set_aside", "version.not_evaluated",
     }
 )  # fmt: skip
 _ERRORS = frozenset({"round.held", "run.failed"})

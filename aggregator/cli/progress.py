@@ -105,6 +105,8 @@ def _round_line(name: str, f: Fields) -> str:
             )
         case "offer.none":
             return f"{head}: nothing to offer to {f['device']}: {f['reason']}"
+        case "round.uncovered":
+            return f"{head}: {f['message']}"
         case "round.choice":
             label = device_label(f["device"], f["device_class"], f["emulated"])
             return (

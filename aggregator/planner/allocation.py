@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Protocol
 
@@ -11,17 +11,31 @@ import numpy as np
 
 from aggregator.planner.costs import DeviceCosts, Pair, Situation, frontier
 from aggregator.planner.frontiers import Frontiers
-from aggregator.planner.sweep import Objective, Swept, default_coverage, reference_round, sweep
+from aggregator.planner.sweep import (
+    Objective,
+    Swept,
+    covered_after,
+    default_coverage,
+    reference_round,
+    sweep,
+    uncovered,
+)
 
 __all__ = ["Allocated", "Allocation", "FullDepth", "GreedyDepth", "ReferenceTime"]
 
 
 @dataclass(frozen=True)
 class Allocated:
-    """``pairs``: what is recommended, by device; a device for which nothing fits is not in it."""
+    """``pairs``: what is recommended, by device; a device for which nothing fits is not in it.
+
+    ``uncovered``: layers that are trained by fewer devices than there should be, as the round's length was
+    given; ``covering_s``: the shortest round that trains them all as often.
+    """
 
     target_s: float
     pairs: Mapping[str, Pair]
+    uncovered: int = 0
+    covering_s: float | None = None
 
 
 class Allocation(Protocol):
@@ -82,7 +96,7 @@ class GreedyDepth:
     def allocate(self, fleet: Sequence[DeviceCosts], situation: Situation) -> Allocated:
         options = [frontier(costs, situation.gain) for costs in fleet]
         if situation.target_s is not None:
-            return _within(situation.target_s, fleet, options)
+            return self._given(situation, situation.target_s, fleet, options)
         if not any(options):
             # The devices measure again; what they would need at least is as good a length as any.
             least = [costs.pair(1, costs.most_quantized(1)).seconds for costs in fleet]
@@ -103,6 +117,27 @@ class GreedyDepth:
             },
         )
 
+    def _given(
+        self,
+        situation: Situation,
+        target_s: float,
+        fleet: Sequence[DeviceCosts],
+        options: Sequence[Sequence[Pair]],
+    ) -> Allocated:
+        """A round of a given length: what it has no time for is left out, and told."""
+        allocated, layers = _within(target_s, fleet, options), situation.layers
+        deepest = [pairs[-1].depth for pairs in options if pairs]
+        coverage = self._coverage(len(deepest))
+        taken = [pair.depth for pair in allocated.pairs.values()]
+        lacking = uncovered(deepest, taken, layers, coverage)
+        if not lacking:
+            return allocated
+        covering_s = covered_after(Frontiers.of(options, situation.gain), layers, coverage)
+        return replace(allocated, uncovered=lacking, covering_s=covering_s)
+
+    def _coverage(self, able: int) -> int:
+        return default_coverage(able) if self.coverage is None else self.coverage
+
     def objective(self, frontiers: Frontiers, samples: Sequence[int], layers: int) -> Objective:
         """What a round of this fleet is measured by."""
         able = int(np.count_nonzero(frontiers.able))
@@ -110,7 +145,7 @@ class GreedyDepth:
             frontiers,
             samples,
             layers,
-            coverage=default_coverage(able) if self.coverage is None else self.coverage,
+            coverage=self._coverage(able),
             omega=self.omega,
             server_s=self.server_s,
         )

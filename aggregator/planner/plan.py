@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from aggregator.methods.base import Method
+from aggregator.planner.allocation import Allocated
 from aggregator.planner.candidates import candidates_for
 from aggregator.planner.costs import DeviceCosts, Situation, Work, device_costs, layer_gains
 from aggregator.planner.lessons import Lessons
@@ -36,12 +38,14 @@ class RoundPlan:
     """``target_s``: what predicted times must stay within; ``deadline_s``: when the round closes.
 
     ``excluded``: devices that get no offer, and why: without a fit for this run there is nothing to predict.
+    ``warning``: what a fixed deadline leaves out; empty: nothing.
     """
 
     deadline_s: float
     target_s: float
     candidates: dict[str, tuple[Candidate, ...]]
     excluded: dict[str, str]
+    warning: str = ""
 
 
 def plan_round(
@@ -112,7 +116,17 @@ def plan_round(
         costs.device: candidates_for(costs, method, situation, allocated.pairs.get(costs.device), target)
         for costs in fleet
     }
-    return RoundPlan(deadline, target, candidates, excluded)
+    return RoundPlan(deadline, target, candidates, excluded, _left_out(allocated, fixed))
+
+
+def _left_out(allocated: Allocated, fixed: float | None) -> str:
+    if not allocated.uncovered or allocated.covering_s is None or fixed is None:
+        return ""
+    enough = math.ceil(SLACK * allocated.covering_s)
+    return (
+        f"rounds.deadline_s is {fixed:g}: {allocated.uncovered} layers are trained by fewer devices than "
+        f"should, or by none; from {enough} s on there is time for all of them"
+    )
 
 
 def _too_slow(fleet: Sequence[DeviceCosts], method: Method) -> dict[str, str]:

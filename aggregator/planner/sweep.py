@@ -18,7 +18,16 @@ import numpy.typing as npt
 
 from aggregator.planner.frontiers import Floats, Frontiers, Ints
 
-__all__ = ["Objective", "Swept", "coverage_time", "default_coverage", "reference_round", "sweep"]
+__all__ = [
+    "Objective",
+    "Swept",
+    "coverage_time",
+    "covered_after",
+    "default_coverage",
+    "reference_round",
+    "sweep",
+    "uncovered",
+]
 
 
 @dataclass(frozen=True)
@@ -41,12 +50,32 @@ def default_coverage(devices: int) -> int:
 def coverage_time(frontiers: Frontiers, layers: int, coverage: int) -> float:
     """The smallest T at which every device has a pair and the deepest ones reach every layer
     min(coverage, number of devices that can reach it) times."""
-    start = float(frontiers.seconds[frontiers.offsets[:-1][frontiers.able]].max())
+    first = float(frontiers.seconds[frontiers.offsets[:-1][frontiers.able]].max())
+    return max(first, covered_after(frontiers, layers, coverage))
+
+
+def covered_after(frontiers: Frontiers, layers: int, coverage: int) -> float:
+    """The same of layers alone: whoever is not needed may be left out."""
+    start = 0.0
     for times in frontiers.reaching(layers):
         needed = min(coverage, int(np.isfinite(times).sum()))
         if needed:
             start = max(start, float(np.partition(times, needed - 1)[needed - 1]))
     return start
+
+
+def uncovered(deepest: npt.ArrayLike, taken: npt.ArrayLike, layers: int, coverage: int) -> int:
+    """How many layers are trained by fewer than min(coverage, number of devices that can reach them).
+
+    Args:
+        deepest, taken: depths, from 0 to ``layers``: what devices can reach, and what they shall train.
+    """
+    # by how many at depth d or deeper, for d = layers .. 1
+    could, do = (
+        np.cumsum(np.bincount(np.asarray(depths, np.int64), minlength=layers + 1)[:0:-1])
+        for depths in (deepest, taken)
+    )
+    return int(np.count_nonzero(do < np.minimum(coverage, could)))
 
 
 @dataclass(frozen=True)
@@ -92,11 +121,8 @@ class Objective:
     def covers(self, chosen: Ints) -> bool:
         """Whether every layer is trained min(coverage, number of devices that can reach it) times."""
         frontiers, able = self.frontiers, self.frontiers.able
-        deepest = np.bincount(frontiers.depth[frontiers.offsets[1:][able] - 1], minlength=self.layers + 1)
-        taken = np.bincount(frontiers.depth[chosen[able]], minlength=self.layers + 1)
-        # by how many at depth d or deeper, for d = layers .. 1
-        could, do = np.cumsum(deepest[:0:-1]), np.cumsum(taken[:0:-1])
-        return bool(np.all(do >= np.minimum(self.coverage, could)))
+        deepest = frontiers.depth[frontiers.offsets[1:][able] - 1]
+        return not uncovered(deepest, frontiers.depth[chosen[able]], self.layers, self.coverage)
 
     def value(self, target_s: float, chosen: Ints) -> float:
         """J of a round in which the devices take these pairs."""

@@ -53,6 +53,7 @@ class Offering:
         self._port = port
         self._chain = chain
         self._told_none: set[tuple[int, str, str]] = set()
+        self._told_short = False
 
     def free(self, round: int) -> list[Member]:
         """Those who can be offered work in the round: ready, not in it yet, nor at work for another one."""
@@ -85,6 +86,10 @@ class Offering:
         for number, device, why in sorted(left_out - self._told_none):
             self._port.emit("offer.none", round=number, device=device, reason=why)
         self._told_none = left_out
+        # a buffered round's offers go to a few at a time, of whom nobody asks that they train all layers
+        if plan.warning and not (self._told_short or terms.schedule.offers_while_open):
+            self._port.emit("round.uncovered", round=round, message=plan.warning)
+        self._told_short = bool(plan.warning)
         if not plan.candidates:
             return None
         chain = tuple(version.ref for version in self._chain(builds_on))

@@ -248,6 +248,15 @@ def test_who_gets_no_offer_is_told_once(world: World) -> None:
     assert world.names().count("offer.none") == 1
 
 
+def test_layers_that_a_fixed_deadline_leaves_untrained_are_told_once(tmp_path: Path) -> None:
+    world = World(tmp_path, deadline_s=60.0)
+    world.open()
+    device = world.device(fit=a_fit(layer_s=10.0))
+    world.pump()
+    assert len(device.receipts) == 2 and world.names().count("round.uncovered") == 1
+    assert world.last("round.uncovered")["message"].startswith("rounds.deadline_s is 60: ")
+
+
 def test_the_rest_after_empty_rounds_has_an_end(world: World) -> None:
     world.open()
     world.pump()

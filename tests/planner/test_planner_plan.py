@@ -140,6 +140,16 @@ def test_a_fixed_deadline_takes_the_sweeps_place() -> None:
     assert recommended(made.candidates["b"]) is None
 
 
+def test_layers_that_a_fixed_deadline_has_no_time_for_are_told_with_one_that_has() -> None:
+    # 4 s to train all six layers in: one device of two shall, and the slow one never need
+    fleet = a_status("a", fit=a_fit()), a_status("b", fit=a_fit(pace=9.0))
+    short = plan(*fleet, deadline_s=2.0 * SLACK).warning
+    assert short.startswith("rounds.deadline_s is 2.4: 4 layers are trained by fewer devices than should")
+    assert "from 5 s on there is time" in short
+    assert not plan(*fleet, deadline_s=5).warning and plan(*fleet, deadline_s=3.99 * SLACK).warning
+    assert not plan(*fleet).warning, "the sweep covers them"
+
+
 def test_where_not_even_one_layer_keeps_a_fixed_deadline_there_are_fewer_steps() -> None:
     # a step of one layer takes it 0.3 s: 6 of 10 in the 2 s that there are
     made = plan(a_status("a", fit=a_fit()), a_status("b", fit=a_fit(pace=2.0)), deadline_s=2.0 * SLACK)
