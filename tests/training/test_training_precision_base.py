@@ -30,6 +30,7 @@ from edge_sdk.protocol.trainer import (  # noqa: E402
 )
 from edge_sdk.training.inline import InlineTrainer  # noqa: E402
 from edge_sdk.training.model import load_model  # noqa: E402
+from edge_sdk.training.precision import planning  # noqa: E402
 from edge_sdk.training.precision.holding import base_precision  # noqa: E402
 from edge_sdk.training.precision.salience import block_figures, frozen_of, loss_rises  # noqa: E402
 from edge_sdk.training.resident import resident_key  # noqa: E402
@@ -229,6 +230,15 @@ def test_planning_twice_gives_the_same_and_random_tokens_do_without_a_file(bench
     assert bench.plan(budget_bytes=50_000).plan == bench.plan(budget_bytes=50_000).plan
     bench.setup = replace(bench.setup, data=None)
     assert bench.plan(budget_bytes=50_000).plan.calibration == "32 rows of random tokens"
+
+
+def test_calibration_rows_without_a_token_are_told(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_tokens(texts: list[str], **_: Any) -> dict[str, Any]:
+        return {name: torch.empty(len(texts), 0) for name in ("input_ids", "attention_mask")}
+
+    monkeypatch.setattr(planning, "load_tokenizer", lambda _: no_tokens)
+    reply = bench.plan(bits=4)
+    assert isinstance(reply, Failed) and reply.cause == "data" and "makes no token" in reply.message
 
 
 def test_a_budget_that_nothing_fits_names_the_least(bench: Bench) -> None:

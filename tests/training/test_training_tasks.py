@@ -204,6 +204,22 @@ def test_classification_is_as_the_tokenizer_pads(bench: Bench) -> None:
     assert labels.tolist() == [0, 1, 0] and rows.counts == (2, 1)
 
 
+def test_a_row_of_which_no_token_is_made_is_told(bench: Bench) -> None:
+    from tokenizers.normalizers import Replace
+    from tokenizers.processors import TemplateProcessing
+
+    def load(folder: Path) -> Any:
+        tokenizer = load_tokenizer(folder)
+        tokenizer.backend_tokenizer.normalizer = Replace("dog", "")
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
+        return tokenizer
+
+    bench.load = load
+    data = [{"text": text, "label": "x"} for text in ("a cat", "dog", "a dog")]
+    with pytest.raises(DataError, match="row 2: .* makes no token of its text"):
+        bench.rows(*data, task="classification", template="{text}", labels=("x",))
+
+
 def test_tasks_by_name() -> None:
     assert [task_of(name).name for name in TASKS] == list(TASKS)
     with pytest.raises(MechanismError, match=r"'ranking'.*classification, causal-lm"):

@@ -11,7 +11,7 @@ import torch
 
 from edge_sdk.data.base_files import base_digest
 from edge_sdk.data.rows import ChatRow, PromptRow, Sample, read_samples
-from edge_sdk.errors import MechanismError
+from edge_sdk.errors import DataError, MechanismError
 from edge_sdk.planning.precision import BlockCosts, Option, allocate, held_bytes, objective
 from edge_sdk.protocol.base_plan import WORD_OF_BITS, BasePlan, BlockPlan
 from edge_sdk.protocol.trainer import DataSource, PlanBase, Setup
@@ -163,7 +163,12 @@ def _batches(setup: Setup, folder: Path, model: TunableModel, rows: int) -> tupl
     else:
         texts, tokenizer = _texts(setup.data, rows), load_tokenizer(folder)
         coded = tokenizer(texts, truncation=True, max_length=length, padding=True, return_tensors="pt")
-        ids, mask = coded["input_ids"], coded["attention_mask"]
+        ids, mask = coded["input_ids"].long(), coded["attention_mask"].long()
+        if not mask.any():
+            raise DataError(
+                f"{setup.data.path}: the base's tokenizer makes no token of the calibration rows",
+                "the tokenizer is another model's, or the rows hold no text of a kind that it knows",
+            )
         check_ids(ids, tokenizer, model.shape.vocabulary)
         told = f"{len(texts)} rows of {Path(setup.data.path).name}"
     size = setup.micro_batch

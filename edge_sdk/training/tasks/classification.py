@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from edge_sdk.data.rows import RowSource, read_rows
+from edge_sdk.errors import DataError
 from edge_sdk.training.model import TunableModel
 from edge_sdk.training.tasks.base import Batch
 from edge_sdk.training.tasks.metrics import LabelScores, Metrics
@@ -36,16 +37,25 @@ class Classification:
         counts = [0] * len(labels)
         targets: list[int] = []
         texts: list[str] = []
+        numbers: list[int] = []
         builder = RowsBuilder()
 
         def flush() -> None:
             check()
-            for ids in tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]:
+            coded = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+            for row_number, ids in zip(numbers, coded, strict=True):
+                if not ids:
+                    raise DataError(
+                        f"{source.path}: row {row_number}: the base's tokenizer makes no token of its text",
+                        "take the row out; if it is so with every row, the tokenizer is another model's",
+                    )
                 builder.add(ids)
             texts.clear()
+            numbers.clear()
 
         for row in read_rows(source, labels):
             texts.append(template.replace("{text}", row.text))
+            numbers.append(row.number)
             targets.append(number[row.label])
             counts[targets[-1]] += 1
             if len(texts) == BLOCK:
