@@ -216,7 +216,7 @@ def test_a_row_of_which_no_token_is_made_is_told(bench: Bench) -> None:
 
     bench.load = load
     data = [{"text": text, "label": "x"} for text in ("a cat", "dog", "a dog")]
-    with pytest.raises(DataError, match="row 2: .* makes no token of its text"):
+    with pytest.raises(DataError, match=r"row 2: .* makes no token of its text"):
         bench.rows(*data, task="classification", template="{text}", labels=("x",))
 
 
