@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import typer
@@ -14,16 +16,33 @@ from edge_sdk.errors import ConfigError, EdgeError
 
 __all__ = ["finite", "run_commands", "show_version", "write_config"]
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+_NOT_WRITTEN = 74
+"""As in sysexits.h."""
+
 
 def run_commands(app: Callable[[], None]) -> None:
     """Runs a command line. An EdgeError is one line and a hint, and its class's exit code."""
     try:
         app()
+    except OSError as error:
+        # what a command opens it answers for itself; this is its output, on a disk that is full or gone
+        if error.errno not in _NO_ROOM or error.filename is not None:
+            raise
+        sys.stderr.write(f"error: cannot write: {error.strerror}\n")
+        _let_go_of_stdout()
+        sys.exit(_NOT_WRITTEN)
     except EdgeError as error:
         typer.echo(f"error: {_one_line(error.message)}", err=True)
         if error.hint:
             typer.echo(f"hint: {_one_line(error.hint)}", err=True)
         sys.exit(error.exit_code)
+
+
+def _let_go_of_stdout() -> None:
+    """What is left in its buffer would fail again at the interpreter's end, and be told as a traceback."""
+    with suppress(OSError):
+        sys.stdout.close()
 
 
 def show_version(wanted: bool) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from codecs import BOM_UTF8
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
 from typing import Any
 
 import msgspec
@@ -16,7 +18,7 @@ from edge_sdk.errors import BaseModelError, ConfigError
 from edge_sdk.planning.cost import peak_mb
 from edge_sdk.planning.fitting import estimate
 from edge_sdk.planning.frontier import Point, Round, frontier
-from edge_sdk.planning.shapes import held_base_bytes, shape_of, task_of
+from edge_sdk.planning.shapes import held_base_bytes, positions_of, shape_of, task_of
 from edge_sdk.planning.work import prices
 from edge_sdk.protocol.measure import Fit
 from edge_sdk.protocol.model import LoraShape, ModelShape
@@ -36,6 +38,7 @@ _SHOWN = "outputs, 8 bits"
 
 _ACHIEVED = 0.25
 """Of an accelerator's stated peak, what training reaches. An assumption: a probe replaces it."""
+_MOST_BYTES = 4 << 20
 _MEASURED = "give --gflops, which edge-agent profile measures"
 
 
@@ -82,6 +85,11 @@ def show_plan(asked: Asked, *, as_json: bool) -> None:
     task = asked.task or task_of(config)
     lora = LoraShape(rank=asked.rank, alpha=2.0 * asked.rank)
     shape = shape_of(config, task=task, labels=asked.labels, lora=lora)
+    longest = positions_of(config)
+    if longest is not None and asked.length > longest:
+        raise BaseModelError(
+            f"--length is {asked.length}, this model takes {longest} tokens at most", "ask for less"
+        )
     room = _room(asked, board, has)
     gflops, paced = _pace(asked, board, has)
     base_mb = held_base_bytes(shape, asked.base_precision) / 1e6
@@ -153,14 +161,19 @@ def _told(point: Point, gflops: float | None) -> dict[str, Any]:
 
 
 def _config(path: Path) -> dict[str, Any]:
-    file = path / "config.json" if path.is_dir() else path
+    hint = "--model names a model's config.json, or its folder"
+    file = path
     try:
-        found = msgspec.json.decode(file.read_bytes())
+        file = path / "config.json" if path.is_dir() else path
+        about = file.stat()
+        if not (S_ISREG(about.st_mode) or S_ISDIR(about.st_mode)):
+            raise BaseModelError(f"{file} is no regular file", hint)
+        if about.st_size > _MOST_BYTES:
+            raise BaseModelError(f"{file} is above {_MOST_BYTES >> 20} MiB, so hardly a config.json", hint)
+        found = msgspec.json.decode(file.read_bytes().removeprefix(BOM_UTF8))
     except OSError as error:
-        raise BaseModelError(
-            f"{file} cannot be read: {error.strerror}", "--model names a model's config.json, or its folder"
-        ) from None
-    except msgspec.DecodeError as error:
+        raise BaseModelError(f"{str(file)[:200]} cannot be read: {error.strerror}", hint) from None
+    except (msgspec.DecodeError, RecursionError) as error:
         raise BaseModelError(
             f"{file} is not JSON: {error}", "name a model's config.json, or the folder that it lies in"
         ) from None

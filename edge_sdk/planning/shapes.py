@@ -16,7 +16,7 @@ from edge_sdk.planning.precision import held_bytes
 from edge_sdk.protocol.base_plan import QUANTIZED_WORDS
 from edge_sdk.protocol.model import DensePart, LoraModule, LoraShape, ModelShape
 
-__all__ = ["FAMILIES", "held_base_bytes", "shape_of", "task_of"]
+__all__ = ["FAMILIES", "held_base_bytes", "positions_of", "shape_of", "task_of"]
 
 Kind = Literal["q", "kv", "qkv", "o", "up", "both", "down"]
 _SPLIT: tuple[tuple[str, Kind], ...] = (
@@ -149,7 +149,9 @@ def shape_of(
     family = FAMILIES.get(word) if isinstance(word, str) else None
     if family is None:
         raise BaseModelError(
-            f"models of type {word!r} cannot be planned from their config.json",
+            "config.json names no model_type"
+            if word is None
+            else f"models of type {word!r:.60} cannot be planned from their config.json",
             f"those that can: {', '.join(sorted(FAMILIES))}",
         )
     config = {**dict(family.defaults), **config}
@@ -202,6 +204,17 @@ def task_of(config: Mapping[str, Any]) -> str:
             f"config.json: architectures is {shown(kinds)}, no list of names", "say with --task what to train"
         )
     return "causal-lm" if kinds[0].endswith(("ForCausalLM", "LMHeadModel")) else "classification"
+
+
+def positions_of(config: Mapping[str, Any]) -> int | None:
+    """The most tokens that the model of a ``config.json`` can take; None: nothing in its weights says so."""
+    word = config.get("model_type")
+    family = FAMILIES.get(word) if isinstance(word, str) else None
+    if family is None or not family.positions or not config.get("position_biased_input", True):
+        return None
+    known = _given(config, "max_position_embeddings", "n_positions") or 512
+    # RoBERTa counts positions from behind the padding token's own, which is its second
+    return known - 2 if word == "roberta" else known
 
 
 def held_base_bytes(shape: ModelShape, word: str) -> int:
@@ -290,6 +303,8 @@ def _check(layers: int, hidden: int, heads: int, kv_heads: int, head_size: int |
         wrong = f"{layers} layers, and {_MOST_LAYERS} are the most that are planned"
     elif head_size is None and heads > hidden:
         wrong = f"{heads} attention heads in a width of {hidden}, which leaves each less than one value"
+    elif head_size is None and hidden % heads:
+        wrong = f"{heads} attention heads, which a width of {hidden} cannot be shared among evenly"
     elif heads % kv_heads:
         wrong = f"{kv_heads} heads of keys and values, which {heads} attention heads cannot share evenly"
     if wrong:

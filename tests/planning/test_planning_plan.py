@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -64,6 +67,8 @@ def test_what_cannot_be_read_is_refused_with_what_can() -> None:
     ("said", "why"),
     [
         ({"num_attention_heads": 1000}, "1000 attention heads in a width of 768"),
+        ({"num_attention_heads": 7}, "7 attention heads, which a width of 768 cannot be shared among"),
+        ({"model_type": None}, "names no model_type"),
         ({"num_key_value_heads": 5}, "5 heads of keys and values, which 12"),
         ({"num_hidden_layers": 10**6}, "1000000 layers, and 1000"),
         ({"vocab_size": 10**12}, "vocab_size is 1000000000000; allowed: a whole number up to"),
@@ -185,6 +190,35 @@ def test_without_figures_there_are_reasons(tmp_path: Path, capsys: pytest.Captur
     with pytest.raises(BaseModelError, match="is not JSON") as told_why:
         show_plan(Asked(**{**vars(ASKED), "model": tmp_path / "cut.json", "memory_mb": 1.0}), as_json=False)
     assert "config.json" in told_why.value.hint
+
+
+def test_files_that_are_no_config_are_refused_unread(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "deep").write_text("[" * 100_000)
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(5 << 20)
+    for name, why in (
+        ("pipe", "no regular file"), ("deep", "is not JSON"), ("large", "above 4 MiB"),
+        ("n" * 5000, "cannot be read: File name too long"),
+    ):  # fmt: skip
+        with pytest.raises(BaseModelError, match=why):
+            show_plan(Asked(**{**vars(ASKED), "model": tmp_path / name, "memory_mb": 1e3}), as_json=False)
+    (tmp_path / "config.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(ROBERTA).encode())
+    show_plan(Asked(**{**vars(ASKED), "model": tmp_path, "memory_mb": 1e3, "length": 512}), as_json=True)
+    with pytest.raises(BaseModelError, match="--length is 513, this model takes 512"):
+        show_plan(Asked(**{**vars(ASKED), "model": tmp_path, "memory_mb": 1e3, "length": 513}), as_json=True)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_is_one_line() -> None:
+    with Path("/dev/full").open("w") as full:
+        told = subprocess.run(
+            [sys.executable, "-c", "from edge_sdk.cli.main import main; main()", "plan", "--show-prices"],
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False, cwd=Path(__file__).parents[2],
+        )  # fmt: skip
+    assert (told.returncode, told.stderr) == (
+        74, "error: cannot write: No space left on device\n"
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
