@@ -16,16 +16,18 @@ from edge_sdk.training.allocator import settle_allocator
 __all__ = ["emit", "measure", "say"]
 
 
-def measure(module: str, what: Mapping[str, Any], *, threads: int = 0) -> Iterator[dict[str, Any]]:
+def measure(
+    module: str, what: Mapping[str, Any], *, threads: int = 0, allocator: str = "auto"
+) -> Iterator[dict[str, Any]]:
     """Calls ``run(what)`` of ``module`` in a process of its own and yields the rows that it emits.
 
     The process starts as a trainer does: same environment, same allocator, set before torch is loaded.
-    ``threads``: of torch; 0 leaves it to torch.
+    ``threads``: of torch; 0 leaves it to torch. ``allocator``: as ``trainer.allocator``.
 
     Raises:
         RuntimeError: the process did not end well; what it said went to this process's standard error.
     """
-    environment = trainer_environment(offline=True, allocator="auto")
+    environment = trainer_environment(offline=True, allocator=allocator)
     if threads:
         environment["OMP_NUM_THREADS"] = str(threads)
     child = subprocess.Popen(

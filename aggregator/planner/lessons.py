@@ -59,6 +59,7 @@ class Lessons(Record, frozen=True, kw_only=True):
     forward_s: float | None = None
     layer_s: float | None = None
     quantize_s: float | None = None
+    call_s: float | None = None
     budget_mb: float | None = None
     rounds: NotNegative = 0
     """Rounds whose measured figures are in the ratios."""
@@ -110,6 +111,7 @@ class Lessons(Record, frozen=True, kw_only=True):
             forward_s=_average(before.forward_s, fit.forward_s),
             layer_s=_average(before.layer_s, fit.layer_s),
             quantize_s=_average(before.quantize_s, fit.quantize_s),
+            call_s=_average(before.call_s, fit.call_s),
             budget_mb=_average(before.budget_mb, status.memory.budget_mb),
         )
 
@@ -140,6 +142,7 @@ class Lessons(Record, frozen=True, kw_only=True):
             forward_s=fit.forward_s if self.forward_s is None else self.forward_s,
             layer_s=fit.layer_s if self.layer_s is None else self.layer_s,
             quantize_s=fit.quantize_s if self.quantize_s is None else self.quantize_s,
+            call_s=fit.call_s if self.call_s is None else self.call_s,
         )
         if memory.limit_mb is None and self.budget_mb is not None:
             memory = msgspec.structs.replace(memory, budget_mb=min(memory.budget_mb, self.budget_mb))

@@ -54,7 +54,7 @@ def main() -> None:
 def _play(
     cases: Sequence[dict[str, Any]], config: dict[str, Any], kept: Kept | None, until: float | None
 ) -> Any:
-    trainer = ProcessTrainer(WORK)
+    trainer = ProcessTrainer(WORK, allocator="glibc")  # as an agent with a limit starts it
     served = 0
     try:
         for case in cases:

@@ -81,8 +81,8 @@ def _visit(resident: Resident, setup: Setup, setting: Mapping[str, Any]) -> dict
         recompute=setting["recompute"], micro_batch=setting["batch"], max_length=setting["length"],
     )  # fmt: skip
     spec = TrainSpec(factors=setting["factors"], optimizer=setting["optimizer"])
-    before = resident.model.adapter()
     meter = Meter(resident.device)
+    before = resident.model.adapter()  # as a round holds the version that it began from
     trace = train(
         resident.model, resident.random_batches(candidate, setup), candidate, spec,
         task=resident.task, check=lambda: None, report=lambda *_: None,

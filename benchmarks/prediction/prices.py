@@ -3,13 +3,14 @@
 ``python -m benchmarks.prediction.prices`` writes it; with ``--show`` it prints what it measured beside what
 is shipped, and writes nothing. Most prices are the least of many short repeats of that thing alone, so that
 they need no quiet machine. The others are of a whole model that computes next to nothing, trained by the
-trainer's own loop: what a layer's call takes besides its arithmetic, what a process holds besides the base,
-and what a training takes whatever its size.
+trainer's own loop: what a layer's call takes besides its arithmetic, and what a process holds besides the
+base; or of settings of moderate size: what the heap holds beyond what is counted.
 """
 
 from __future__ import annotations
 
 import math
+import random
 import statistics
 import sys
 import time
@@ -21,7 +22,7 @@ from typing import Any
 
 import msgspec
 
-from benchmarks.prediction.run import setting_of
+from benchmarks.prediction.run import drawn, setting_of
 from benchmarks.processes import emit, measure
 from benchmarks.results import machine
 from edge_sdk.planning.cost import peak_mb
@@ -39,7 +40,7 @@ __all__ = ["main", "run"]
 
 FOLDER = Path(__file__).parent
 DATA = FOLDER.parents[1] / "edge_sdk" / "planning" / "prices.toml"
-OF_SMALL = ("seconds.call", "seconds.tuned", "process_mb", "fixed_mb")
+OF_SMALL = ("seconds.call", "seconds.tuned", "process_mb")
 
 
 def least(work: Callable[[], Any], repeats: int) -> float:
@@ -121,7 +122,7 @@ def small_settings(layers: int) -> list[dict[str, Any]]:
 
 
 def of_small(rows: list[dict[str, Any]], lora: LoraShape, known: Prices) -> dict[str, float]:
-    """``seconds.call``, ``seconds.tuned``, ``process_mb`` and ``fixed_mb`` from visits of the small settings.
+    """``seconds.call``, ``seconds.tuned`` and ``process_mb`` from visits of the small settings.
 
     A step of depth d over L layers takes, beyond what its counted work costs at the ``known`` prices,
     L · call + d · tuned: two depths tell both. Each is the least of its repeats, and not below 0.
@@ -129,7 +130,6 @@ def of_small(rows: list[dict[str, Any]], lora: LoraShape, known: Prices) -> dict
     told = next(row for row in rows if row["kind"] == "shape")
     shape = msgspec.convert(told["shape"], ModelShape)
     beyond: dict[int, float] = {}
-    fixed: list[float] = []
     for row in rows:
         if row["kind"] != "visit":
             continue
@@ -138,21 +138,31 @@ def of_small(rows: list[dict[str, Any]], lora: LoraShape, known: Prices) -> dict
         forward["call"] = layer["tuned"] = 0.0
         more = row["step_s"] - known.of(forward) - setting.depth * known.of(layer)
         beyond[setting.depth] = min(more, beyond.get(setting.depth, math.inf))
-        counted_mb = peak_mb(estimate(shape, lora, setting), shape, lora, setting) - known.fixed_mb
-        fixed.append(row["peak_mb"] - counted_mb)
     tuned = max(0.0, (beyond[shape.layers] - beyond[1]) / (shape.layers - 1))
     return {
         "seconds.call": 1e9 * max(0.0, (beyond[1] - tuned) / shape.layers),
         "seconds.tuned": 1e9 * tuned,
         "process_mb": told["rest_mb"] - held_base_bytes(shape, "fp32") / 1e6,
-        "fixed_mb": max(0.0, statistics.median(fixed)),
     }
 
 
-def measured(config: dict[str, Any]) -> dict[str, float]:
+def beyond_counted(rows: list[dict[str, Any]], lora: LoraShape, known: Prices) -> list[float]:
+    """MB that each visit held beyond what is counted of its setting: what a heap has besides its tensors."""
+    shape = msgspec.convert(next(row["shape"] for row in rows if row["kind"] == "shape"), ModelShape)
+    found = []
+    for row in rows:
+        if row["kind"] == "visit":
+            setting = setting_of(row["setting"])
+            counted_mb = peak_mb(estimate(shape, lora, setting), shape, lora, setting) - known.fixed_mb
+            found.append(row["peak_mb"] - counted_mb)
+    return found
+
+
+def measured(whole: dict[str, Any]) -> dict[str, float]:
     """Every price by its place in the file."""
+    config = whole["prices"]
     threads, small = config["threads"], config["small"]
-    (alone,) = measure("benchmarks.prediction.prices", config, threads=threads)
+    (alone,) = measure("benchmarks.prediction.prices", config, threads=threads, allocator="glibc")
     found = {
         "gflops": alone["gflops"],
         **{f"seconds.{name}": value for name, value in alone["seconds"].items()},
@@ -165,9 +175,22 @@ def measured(config: dict[str, Any]) -> dict[str, float]:
         "probe": False, "repeats": config["small_repeats"],
         "settings": small_settings(small["num_hidden_layers"]),
     }  # fmt: skip
-    rows = list(measure("benchmarks.prediction.measure", what, threads=threads))
+    rows = list(measure("benchmarks.prediction.measure", what, threads=threads, allocator="glibc"))
     known = replace(prices(), seconds={**prices().seconds, **alone["seconds"]})
-    return found | of_small(rows, lora, known)
+    found |= of_small(rows, lora, known)
+    beyond: list[float] = []
+    draw = random.Random(config["seed"])
+    for name, shape in whole["models"].items():
+        settings = drawn(whole, shape["num_hidden_layers"], config["settings"], draw)
+        what |= {
+            "model": name, "shape": shape, "batch": whole["batch"], "length": whole["length"], "repeats": 1,
+            "settings": settings, "threads": whole["threads"],
+        }  # fmt: skip
+        rows = list(
+            measure("benchmarks.prediction.measure", what, threads=whole["threads"], allocator="glibc")
+        )
+        beyond += beyond_counted(rows, lora, known)
+    return found | {"fixed_mb": max(0.0, statistics.median(beyond))}
 
 
 def table(shipped: Prices, found: Mapping[str, float]) -> list[str]:
@@ -189,7 +212,7 @@ def as_toml(found: Mapping[str, float], about: Mapping[str, Any], threads: int, 
     sections: dict[str, list[str]] = {}
     for place, value in found.items():
         section, _, name = place.rpartition(".")
-        source = "small-steps" if place in OF_SMALL else "alone"
+        source = "small-steps" if place in OF_SMALL else "settings" if place == "fixed_mb" else "alone"
         sections.setdefault(section, []).append(f'{name} = {{ value = {value:.4g}, source = "{source}" }}')
     lines += sections.pop("")
     for section, members in sections.items():
@@ -198,20 +221,23 @@ def as_toml(found: Mapping[str, float], about: Mapping[str, Any], threads: int, 
     today = f"{datetime.now(timezone.utc):%Y-%m-%d}"
     by = "benchmarks/prediction/prices.py, "
     for name, how in (("alone", f"each thing alone, the least of {repeats} repeats"),
-                      ("small-steps", "small steps of a whole model")):  # fmt: skip
+                      ("small-steps", "small steps of a whole model"),
+                      ("settings", "median beyond what is counted, of drawn settings")):  # fmt: skip
         lines += ["", f"[sources.{name}]", 'how = "measured"', f'by = "{by}{how}"', f'date = "{today}"',
                   f'on = "{on}"']  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    config = tomllib.loads((FOLDER / "config.toml").read_text(encoding="utf-8"))["prices"]
+    config = tomllib.loads((FOLDER / "config.toml").read_text(encoding="utf-8"))
     found = measured(config)
     for line in table(prices(), found):
         print(line)
     if "--show" in sys.argv[1:]:
         return
-    DATA.write_text(as_toml(found, machine(), config["threads"], config["repeats"]), encoding="utf-8")
+    DATA.write_text(
+        as_toml(found, machine(), config["prices"]["threads"], config["prices"]["repeats"]), encoding="utf-8"
+    )
     print(f"wrote {DATA}")
 
 

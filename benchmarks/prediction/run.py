@@ -39,7 +39,7 @@ def drawn(config: dict[str, Any], layers: int, count: int, draw: random.Random) 
         recompute = draw.choice(["none", "outputs", "outputs", "inner", "layer"])
         quantized = draw.choice([0, depth, draw.randint(0, depth)])
         batch, length = draw.choice(
-            [(config["batch"], config["length"]), (4, 128), (8, 64), (4, 256), (16, 64)]
+            [(config["batch"], config["length"]), (8, 128), (16, 64), (4, 256), (8, 256)]
         )
         one = {
             "depth": depth, "quantized": quantized, "bits": draw.choice([8, 8, 4, 2]), "recompute": recompute,
@@ -68,7 +68,7 @@ def measured(name: str, config: dict[str, Any], settings: list[dict[str, Any]], 
         "rank": config["rank"], "threads": config["threads"], "probe": True, "repeats": repeats,
         "settings": settings,
     }  # fmt: skip
-    return list(measure("benchmarks.prediction.measure", what, threads=config["threads"]))
+    return list(measure("benchmarks.prediction.measure", what, threads=config["threads"], allocator="glibc"))
 
 
 def scored(name: str, rows: list[dict[str, Any]], lora: LoraShape) -> list[dict[str, Any]]:

@@ -104,7 +104,7 @@ class Agent:
             trainer = self._trainer or ProcessTrainer(
                 folder,
                 offline=Path(self.config.base.path).is_absolute(),
-                allocator=self.config.trainer.allocator,
+                allocator=self.config.allocator(),
             )
             core = open_core(
                 self.config, transport=transport, trainer=trainer, clock=self._clock, bus=self._bus,

@@ -360,7 +360,7 @@ def _knowledge_key(context: Context, run: Run, fingerprint: Fingerprint | None) 
     facts = [
         fingerprint, run.spec, run.levers, run.micro_batch, run.labels, run.template,
         config.data, config.trainer, config.trainer.base_held(), config.limits.memory_mb,
-        str(find_allocator(config.trainer.allocator).library),
+        str(find_allocator(config.allocator()).library),
         profile.machine, profile.processor, profile.cores, profile.accelerators,
         stat.st_size, stat.st_mtime_ns, _version("edge-sdk"), _version("torch"), _version("bitsandbytes"),
     ]  # fmt: skip

@@ -75,7 +75,8 @@ class TrainerSection(Record, frozen=True, kw_only=True):
             description='"auto", "glibc", "mimalloc", "tcmalloc", "jemalloc" or the path of a library',
         ),
     ] = "auto"
-    """What allocates the trainer's memory; auto: the best that is installed."""
+    """What allocates the trainer's memory; auto: glibc under ``limits.memory_mb``, as what it holds is what
+    the tensors take; else the quickest that is installed."""
     base_precision: Literal["fp32", "bf16", "fp16", "int8", "nf4", "int2"] = "fp32"
     """What the frozen base is held in. Below 16 bits the embeddings are held in 8."""
     base_plan: FilePath | None = None
@@ -131,3 +132,8 @@ class AgentConfig(Record, frozen=True, kw_only=True):
     trainer: TrainerSection = TrainerSection()
     limits: LimitsSection = LimitsSection()
     gates: GatesSection = GatesSection()
+
+    def allocator(self) -> str:
+        """``trainer.allocator``, with ``auto`` settled where there is a memory limit."""
+        named = self.trainer.allocator
+        return "glibc" if named == "auto" and self.limits.memory_mb is not None else named

@@ -88,8 +88,8 @@ path = <DATA>
 [trainer]
 # device = "auto"          # auto, cpu, cuda, cuda:1; auto takes CUDA where it works
 # threads = 0              # 0: as many as torch likes; fewer leave the machine usable, and train slower
-# allocator = "auto"       # of its memory: mimalloc, tcmalloc, jemalloc, glibc; auto takes the best there is,
-#                          # glibc alone takes 1.3 times as long
+# allocator = "auto"       # of its memory: mimalloc, tcmalloc, jemalloc, glibc; auto takes glibc
+#                          # under limits.memory_mb, since it holds least, else the quickest there is
 # base_precision = "fp32"  # what the frozen base is held in: bf16, fp16 take half of fp32's memory, int8 a
 #                          # quarter, nf4 an eighth, int2 a fifteenth; below 8 bits the model gets worse
 # base_plan = "plan.json"  # instead: bits for each block within a budget, as `edge-agent quantize-base` plans

@@ -120,13 +120,12 @@ def phases(shape: ModelShape, lora: LoraShape, setting: Setting) -> tuple[Phase,
     plain = depth - packed
     kept = (plain * (at.plain + at.state), packed * (at.packed + at.state))
     whole = plain == 0
-    mixed = at.pieces if packed and plain else 0.0
     found = [
-        Phase("backward", *kept, _room(at, at.packed_room if whole else at.plain_room) + mixed, whole),
-        Phase("loss", *kept, _room(at, at.loss_room), whole),
+        Phase("backward", *kept, _room(at, at.packed_room if whole else at.plain_room), whole),
+        Phase("loss", *kept, _room(at, at.loss_room) + (at.edge / 2 if packed else 0.0), whole),
     ]
-    if mixed:
-        found.append(Phase("packed", plain * at.state, kept[1], _room(at, at.packed_room) + mixed, True))
+    if packed and plain:
+        found.append(Phase("packed", plain * at.state, kept[1], _room(at, at.packed_room), True))
     if depth < shape.layers:
         state = at.state
         found.append(Phase("frozen", plain * state, packed * state, at.head + at.frozen_room, whole))
@@ -185,10 +184,14 @@ def step_s(
     spared = prefix_read * (shape.layers - setting.depth) / shape.layers
     own = correction(fit, setting)
     factor = fit.step_factor if own is None else own.step
+    forward = fit.forward_s / then.forward_s
+    layer = max(0.0, fit.layer_s - forward * then.again_s) / then.layer_s
+    calls = (1.0 - spared) * now.call_s + setting.depth * now.tuned_s
     return factor * (
-        (1.0 - spared) * fit.forward_s * now.forward_s / then.forward_s
-        + setting.depth * fit.layer_s * now.layer_s / then.layer_s
+        (1.0 - spared) * forward * now.forward_s
+        + setting.depth * (layer * now.layer_s + forward * now.again_s)
         + setting.quantized_layers * fit.quantize_s * now.quantize_s / then.quantize_s
+        + fit.call_s * calls / (then.call_s + then.tuned_s)
     )
 
 

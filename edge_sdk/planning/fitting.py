@@ -1,10 +1,10 @@
 """From probes to a ``Fit``: small non-negative least squares around what was counted, in plain Python.
 
 Memory has five unknowns: what the bytes counted for plain layers, packed layers and the rooms of either are
-to be multiplied with, and a fixed rest. Time has three: of the forward pass, of tuned layers, of packing, all
-near the one pace that this machine has against that of the prices. Errors are relative to what was measured.
-Each unknown is drawn to its counted value with a small weight, so that few probes never leave one
-open, and what was not probed is what was counted.
+to be multiplied with, and a fixed rest. Time has four: of the forward pass, of tuned layers, of packing, of
+what does not grow with the batch, all near the one pace that this machine has against that of the prices.
+Errors are relative to what was measured. Each unknown is drawn to its counted value with a small weight, so
+that few probes never leave one open, and what was not probed is what was counted.
 
 The optimum of a non-negative least squares problem is the ordinary one on its support. With five unknowns
 there are 31 supports, so all are tried: no iteration, no tolerance to tune.
@@ -29,12 +29,14 @@ from edge_sdk.protocol.spec import Setting
 
 __all__ = ["estimate", "fit_cost", "non_negative_least_squares", "setting_of"]
 
-_MEMORY_PRIOR = 0.2
-"""A scale that is off its counted value by all of it weighs as much as a probe that is off by a fifth."""
-_ROOMS_PRIOR = 0.1
+_MEMORY_PRIOR = 0.4
+"""A scale that is off its counted value by all of it weighs as much as a probe that is off by half."""
+_ROOMS_PRIOR = 0.25
 """The same of the two rooms' difference: a packed layer's room holds more tensors than a plain one's, so the
 one tells of the other, but not all."""
-_TIME_PRIOR = 0.2
+_TIME_PRIORS = (0.2, 0.2, 0.2, 0.02)
+"""What a call takes differs most between machines, and the allocator is in it."""
+_PACES = len(_TIME_PRIORS)
 _FIXED_PRIOR = 0.1
 _SPREAD_MB = 5.0
 _BELOW_MB = 20.0
@@ -101,7 +103,7 @@ def estimate(
 ) -> Fit:
     """What is counted, with nothing measured. ``pace``: seconds here for one on the machine of the prices."""
     scales = Scales(1.0, 1.0, 1.0, 1.0, prices().fixed_mb)
-    return _figures(shape, lora, reference, scales, (pace, pace, pace), kernel)
+    return _figures(shape, lora, reference, scales, (pace,) * _PACES, kernel)
 
 
 def _figures(
@@ -133,8 +135,9 @@ def _figures(
         work_mb=max(0.0, scales.packed_room * (besides + at.packed_room) / 1e6 - room),
         fixed_mb=fixed,
         forward_s=paces[0] * work.forward_s,
-        layer_s=paces[1] * work.layer_s,
+        layer_s=paces[1] * work.layer_s + paces[0] * work.again_s,
         quantize_s=paces[2] * work.quantize_s,
+        call_s=paces[3] * (work.call_s + work.tuned_s),
         probes=(),
         kernel=kernel,
     )
@@ -166,19 +169,30 @@ def _memory(points: Sequence[ProbePoint], shape: ModelShape, lora: LoraShape, re
 
 def _time(
     points: Sequence[ProbePoint], shape: ModelShape, lora: LoraShape, reference: Setting, kernel: str
-) -> tuple[float, float, float]:
+) -> tuple[float, ...]:
     columns = []
     for point in points:
         one = worked(shape, lora, replace(setting_of(point, reference), depth=1, quantized_layers=0), kernel)
-        columns.append((one.forward_s, point.depth * one.layer_s, point.quantized_layers * one.quantize_s))
+        again, calls = point.depth * one.again_s, one.call_s + point.depth * one.tuned_s
+        columns.append(
+            (
+                one.forward_s + again,
+                point.depth * one.layer_s,
+                point.quantized_layers * one.quantize_s,
+                calls,
+            )
+        )
     timed = [(point.step_s, row) for point, row in zip(points, columns, strict=True) if point.step_s > 0]
     if not timed:
-        return (0.0, 0.0, 0.0)
+        return (0.0,) * _PACES
     pace = median(seconds / sum(row) for seconds, row in timed)
     rows = [tuple(pace * part / seconds for part in row) for seconds, row in timed]
-    rows += [tuple(_TIME_PRIOR * (place == column) for column in range(3)) for place in range(3)]
-    forward, layer, quantize = non_negative_least_squares(rows, [1.0] * len(timed) + [_TIME_PRIOR] * 3)
-    return (pace * forward, pace * layer, pace * quantize)
+    rows += [
+        tuple(prior * (place == column) for column in range(_PACES))
+        for place, prior in enumerate(_TIME_PRIORS)
+    ]
+    found = non_negative_least_squares(rows, [1.0] * len(timed) + list(_TIME_PRIORS))
+    return tuple(pace * one for one in found)
 
 
 def non_negative_least_squares(rows: Sequence[Sequence[float]], values: Sequence[float]) -> tuple[float, ...]:

@@ -70,10 +70,6 @@ much. Where one row of the batch has more, its scores are made in blocks."""
 SCORES = 1 << 18
 """Scores in such a block, three float32 each."""
 
-_PIECES_BYTES = 8e6
-"""What was let go of a moment ago and is not yet given back, at most: where tensors are packed as soon as
-they are made, and unpacked again, a heap lies in pieces. As seen under mimalloc; in plain layers half."""
-
 _COMPOSED = {"gelu_new": 4, "gelu_fast": 4, "gelu_python": 3, "quick_gelu": 3, "relu2": 2}
 """Tensors of width i that an activation function saves which its model composes of several operations."""
 
@@ -97,8 +93,6 @@ class Counted:
     packed_room: float
     frozen_room: float
     loss_room: float
-    pieces: float
-    """What a heap that plain and packed layers share has in pieces beyond that of either."""
 
 
 @dataclass(frozen=True)
@@ -200,12 +194,13 @@ def counted(shape: ModelShape, lora: LoraShape, setting: Setting) -> Counted:
     )
     per_trained = _STATE_BYTES.get(setting.optimizer, 8.0) + 4 * (setting.accumulation > 1)
     begun = 4.0 * (shape.layers * shape.lora_values(lora.rank) + shape.dense_values())
-    plain_room, packed_room = _rooms(shape, setting, rows, size)
+    plain_room, packed_room = _rooms(shape, targets, setting, rows, size)
     if recompute == "layer":  # the layer runs again, and keeps what lever outputs keeps
         again = kept_values(shape, targets, "outputs", setting.max_length, inside=False)
         inner = shape.inner_width
-        plain_room += rows * size * again
-        packed_room += rows * (size * (again - inner) + per_value * inner)
+        besides = (2 - targets.down) * unit
+        plain_room += rows * size * again + besides
+        packed_room += rows * (size * (again - inner) + per_value * inner) + 1.5 * besides
     decoded = _decoded(shape, setting)
     return Counted(
         plain=rows * (size * wide(recompute, False) + narrow + sums),
@@ -217,7 +212,6 @@ def counted(shape: ModelShape, lora: LoraShape, setting: Setting) -> Counted:
         packed_room=packed_room + decoded,
         frozen_room=unit * 2 + rows * size * _forward_inner(shape) + decoded,
         loss_room=_loss_room(shape, rows, unit) + decoded,
-        pieces=min(5.0 * unit, _PIECES_BYTES),
     )
 
 
@@ -226,18 +220,27 @@ def _forward_inner(shape: ModelShape) -> float:
     return (3 if shape.gated else 2 + (shape.activation in _COMPOSED)) * shape.intermediate
 
 
-def _rooms(shape: ModelShape, setting: Setting, rows: int, size: int) -> tuple[float, float]:
-    """What the backward pass of a layer needs besides what is kept: of a plain layer, of a packed one."""
+def _rooms(
+    shape: ModelShape, targets: Targets, setting: Setting, rows: int, size: int
+) -> tuple[float, float]:
+    """What the backward pass of a layer needs besides what is kept: of a plain layer, of a packed one.
+
+    Reconstructed: gradients and remade values by the code, tensors as wide as the layer besides by what
+    torch's profiler saw, to about half of one.
+    """
+    levers, kept_a = setting.levers, targets.down
     h, i = shape.hidden, shape.intermediate
-    unit, inner = rows * h * size, rows * i * size
-    pieces = min(5.0 * unit, _PIECES_BYTES)
-    if setting.levers.recompute == "none":
+    unit, inner = float(rows * h * size), float(rows * i * size)
+    if levers.recompute == "none":
         if shape.gated:
-            return 2 * inner + 2 * unit + pieces / 2, 5 * inner + 2 * unit + pieces
+            return 2 * inner + 3 * unit, 5 * inner + 3 * unit
         more = (_COMPOSED.get(shape.activation, 1) - 1) * inner
-        return inner + 2 * unit + more / 2 + pieces / 2, 3 * inner + 2 * unit + more + pieces
-    chunk = 4.0 * min(rows * i, CHUNK_VALUES // (2 if shape.gated else 1))
-    plain, packed = (3, 5) if shape.gated else (1, 2)
+        # where the second linear's input is kept, it goes before the gradient of the inner values comes
+        plain = 3 * unit + more / 2 + (0 if kept_a else inner)
+        return plain, 2 * inner + 3 * unit + more + (0 if kept_a and levers.activation_bits == 8 else unit)
+    plain, packed = _block_rooms(shape, targets, levers.recompute, rows, unit)
+    # when attention goes back, what the block had kept is gone
+    spent = rows * (h + (0 if levers.recompute == "inner" else shape.inner_width))
     held = 1.0 * rows * size * (shape.query_width + 2 * shape.key_width)
     gradients = 2 * unit + held
     if held <= AGAIN_BYTES:  # all is unpacked, and there is the output too
@@ -246,15 +249,26 @@ def _rooms(shape: ModelShape, setting: Setting, rows: int, size: int) -> tuple[f
         unpacked = 5.0 * KERNEL_BYTES
     else:
         unpacked = 12.0 * min(SCORES, shape.heads * setting.max_length**2)
-    in_plain = max(2 * unit + plain * chunk, gradients)
-    in_packed = max(2 * unit + packed * chunk, gradients + unpacked)
-    return in_plain + pieces / 2, in_packed + unit + pieces
+    plain = max(plain, gradients - size * spent)
+    return plain, max(packed, gradients + unpacked - packed_bytes(levers.activation_bits) * spent)
+
+
+def _block_rooms(
+    shape: ModelShape, targets: Targets, recompute: str, rows: int, unit: float
+) -> tuple[float, float]:
+    """Of the feed-forward block in chunks, which are of like size."""
+    at_a_time = max(1, CHUNK_VALUES // shape.inner_width // 64) * 64
+    chunk = 4.0 * rows * shape.intermediate / -(-rows // at_a_time)
+    if shape.gated:
+        return 2 * unit + 3 * chunk, 2 * unit + 5 * chunk
+    again, wide = recompute == "inner", 1.5 + targets.down
+    return (wide - again) * unit + (1 + again) * chunk, (wide - again / 2) * unit + (2 + again) * chunk
 
 
 def _loss_room(shape: ModelShape, rows: int, unit: float) -> float:
     if shape.dense:
         return 0.0
-    return min(LOSS_BYTES, 4.0 * rows * shape.vocabulary) + 2 * unit
+    return min(LOSS_BYTES, 4.0 * rows * shape.vocabulary) + 3 * unit
 
 
 def _decoded(shape: ModelShape, setting: Setting) -> float:

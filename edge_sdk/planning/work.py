@@ -112,12 +112,19 @@ def read_prices(text: str) -> Prices:
 
 @dataclass(frozen=True)
 class Worked:
-    """Seconds of one batch on the machine of the prices: of the forward pass with head and loss, of a tuned
-    layer's backward pass with what it makes again, of packing what a quantized layer keeps."""
+    """Seconds of one batch on the machine of the prices."""
 
     forward_s: float
+    """Of the forward pass with head and loss."""
     layer_s: float
+    """Of a tuned layer's backward pass."""
+    again_s: float
+    """Of a tuned layer's forward pass where lever ``layer`` has it run again."""
     quantize_s: float
+    """Of packing what a quantized layer keeps."""
+    call_s: float
+    """Of the forward pass, whatever it computes; ``tuned_s``: of a tuned layer."""
+    tuned_s: float
 
 
 FORWARD = ("linear", "weight", "attention", "element", "lora", "call")
@@ -174,8 +181,6 @@ def _layer_backward(shape: ModelShape, lora: LoraShape, setting: Setting, one: C
         for name in ("linear", "weight"):
             layer[name] += share * one[name]
     if recompute == "layer":
-        for name in FORWARD[:-1]:
-            layer[name] += one[name]
         layer["tuned"] += 1.0
     return layer
 
@@ -186,4 +191,19 @@ def worked(shape: ModelShape, lora: LoraShape, setting: Setting, kernel: str = "
     table = prices()
     forward, layer, packed = counts(shape, lora, setting)
     price = table.pack(kernel, setting.levers.activation_bits, setting.levers.activation_rounding)
-    return Worked(table.of(forward), table.of(layer), packed * price)
+    call, tuned = table.of({"call": forward.pop("call")}), table.of({"tuned": layer.pop("tuned")})
+    return Worked(
+        forward_s=table.of(forward),
+        layer_s=table.of(layer),
+        again_s=_again_s(shape, lora, setting),
+        quantize_s=packed * price,
+        call_s=call,
+        tuned_s=tuned,
+    )
+
+
+def _again_s(shape: ModelShape, lora: LoraShape, setting: Setting) -> float:
+    if setting.levers.recompute != "layer":
+        return 0.0
+    one = _layer_forward(shape, lora, setting.micro_batch * setting.max_length, setting.max_length)
+    return prices().of({name: count for name, count in one.items() if name != "call"})

@@ -155,7 +155,7 @@ class Fit(Record, frozen=True, kw_only=True, cache_hash=True):
     """The cost model's coefficients, fitted on this device's probes: figures of one setting, the reference.
 
         peak(d, a) = head_mb + d · layer_mb − a · saved_mb + [a = d] · work_mb      (MB above rest)
-        step(d, a) = forward_s + d · layer_s + a · quantize_s                       (seconds)
+        step(d, a) = forward_s + d · layer_s + a · quantize_s + call_s              (seconds)
 
     Other settings (levers, batch, length, factors, optimizer) scale each figure by what is counted of the
     model's shape there and at the reference: see ``edge_sdk.planning.cost``. ``rest_mb`` is what the trainer
@@ -178,6 +178,8 @@ class Fit(Record, frozen=True, kw_only=True, cache_hash=True):
     forward_s: Figure
     layer_s: Figure
     quantize_s: Figure
+    call_s: Figure = 0.0
+    """Of a step with one tuned layer, what does not grow with batch and length; with depth as counted."""
     probes: tuple[ProbePoint, ...]
     """None: nothing was measured, and the figures are an estimate."""
     kernel: Word = "fbgemm"

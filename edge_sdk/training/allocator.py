@@ -63,11 +63,9 @@ def settle_allocator(environ: MutableMapping[str, str] = os.environ) -> None:
         libc.mallopt(_M_ARENA_MAX, 1)
         libc.mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
         libc.mallopt(_M_TRIM_THRESHOLD, _MMAP_BYTES)
-        _log.info("memory is allocated by %s: steps take 1.3 times as long as with a better one", _word())
-    else:
-        _log.info("memory is allocated by %s", _word())
-        if kind == "other":
-            _log.warning("this allocator is not known: memory peaks will vary more")
+    _log.info("memory is allocated by %s", _word())
+    if kind == "other":
+        _log.warning("this allocator is not known: memory peaks will vary more")
 
 
 @functools.cache

@@ -9,6 +9,7 @@ differ in what matters: depth, packed or not, and the number of tokens.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 
 import torch
@@ -34,7 +35,10 @@ _log = logging.getLogger(__name__)
 
 MAX_SETTINGS = 5
 _STEPS = 3
-"""The first takes its time for what later ones find ready; the least of the others counts, of two passes."""
+"""The first takes its time for what later ones find ready; the least of the others counts, of all passes."""
+_MOST_PASSES = 5
+_ENOUGH_S = 25.0
+"""After the second pass none begins later than this: few steps of a busy machine tell little."""
 _MARGIN = 0.9
 """Share of the limit that a prediction may fill."""
 
@@ -47,23 +51,25 @@ def probe(
     report: Callable[[int, int], None],
 ) -> Fit:
     """Measures and fits. Raises MemoryLimitError where not even one layer fits the limit."""
-    before = resident.model.adapter()
+    began = time.monotonic()
     points: list[ProbePoint] = []
     free = _free_mb(resident)
     limit = min((room for room in (resident.growth_mb(), free) if room is not None), default=None)
     form = Form(levers.activation_bits, levers.activation_rounding)  # type: ignore[arg-type]
     probing = Probing(resident.model.shape, setup, levers, kernel(resident.device, form), limit, free)
-    try:
-        for stage in range(MAX_SETTINGS):
-            wanted = probing.wanted(stage, points)
-            if wanted is None:
-                continue
-            report(stage, MAX_SETTINGS + 1)
-            point = _measure(resident, setup, setting_of(wanted, probing.reference), wanted, check)
-            if point is None:
-                break
-            points.append(point)
-        # Once more, the other way round: what else the machine did meanwhile passes for nobody's cost.
+    for stage in range(MAX_SETTINGS):
+        wanted = probing.wanted(stage, points)
+        if wanted is None:
+            continue
+        report(stage, MAX_SETTINGS + 1)
+        point = _measure(resident, setup, setting_of(wanted, probing.reference), wanted, check)
+        if point is None:
+            break
+        points.append(point)
+    # Again, the other way round: what else the machine did meanwhile passes for nobody's cost.
+    for number in range(1, _MOST_PASSES):
+        if number > 1 and time.monotonic() - began > _ENOUGH_S:
+            break
         for index in reversed(range(len(points))):
             report(MAX_SETTINGS, MAX_SETTINGS + 1)
             wanted = points[index]
@@ -75,8 +81,6 @@ def probe(
                     # of a heap in pieces the higher peak is the one to reckon with
                     peak_mb=max(again.peak_mb, wanted.peak_mb),
                 )
-    finally:
-        resident.model.set_adapter(before)
     if not points:
         raise MemoryLimitError(
             f"not even one layer can be trained in {limit or 0:.0f} MB above rest",
@@ -148,8 +152,14 @@ class Probing:
         limit = self.limit_mb if points else self.free_mb
         if limit is None:
             return wanted
-        counted = peak_mb(self._so_far(points), self.shape, self.lora, setting_of(wanted, self.reference))
-        return wanted if counted <= _MARGIN * limit else None
+        fit = self._so_far(points)
+
+        def counted(point: ProbePoint) -> float:
+            return peak_mb(fit, self.shape, self.lora, setting_of(point, self.reference))
+
+        # by as much as it was passed before it may be passed again
+        passed = max((point.peak_mb / max(1e-6, counted(point)) for point in points), default=1.0)
+        return wanted if max(1.0, passed) * counted(wanted) <= _MARGIN * limit else None
 
     def _so_far(self, points: list[ProbePoint]) -> Fit:
         return self.fit(points, rest_mb=0.0) if points else estimate(self.shape, self.lora, self.reference)
@@ -178,6 +188,7 @@ def _measure(
         recompute=levers.recompute,
     )  # fmt: skip
     meter = Meter(resident.device)
+    before = resident.model.adapter()  # as a round holds the version that it began from
 
     def watch() -> None:
         check()
@@ -195,4 +206,6 @@ def _measure(
             "probe of depth %d, %d quantized: out of memory", setting.depth, setting.quantized_layers
         )
         return None
+    finally:
+        resident.model.set_adapter(before)
     return replace(wanted, peak_mb=meter.peak_mb(), step_s=min(trace.step_s[1:]))

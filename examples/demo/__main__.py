@@ -127,7 +127,7 @@ class _Demo:
         """What a device's trainer holds at rest here: a memory limit means little without it."""
         rows = DataSource(path=str(data.devices[self.devices[0].id]))
         setup = replace_fields(self._setup(config), data=rows, device="cpu", threads=1)
-        asker = Asker(ProcessTrainer(self.out / "state" / "rest"))
+        asker = Asker(ProcessTrainer(self.out / "state" / "rest", allocator="glibc"))  # as under a limit
         try:
             return asker.ask(lambda id: Describe(id=id, setup=setup), Described)
         finally:

@@ -21,7 +21,15 @@ from edge_sdk.agent.doctor.machine import machine_findings
 from edge_sdk.agent.doctor.training import training_findings
 from edge_sdk.agent.lock import FolderLock
 from edge_sdk.clock import ManualClock, SystemClock
-from edge_sdk.config.agent import AgentConfig, TrainerSection
+from edge_sdk.config.agent import (
+    AgentConfig,
+    AgentSection,
+    BaseSection,
+    BrokerConfig,
+    DataSection,
+    LimitsSection,
+    TrainerSection,
+)
 from edge_sdk.config.loading import load_agent_config
 from edge_sdk.errors import ConfigError
 from edge_sdk.protocol.checkup import (
@@ -178,6 +186,23 @@ def test_what_works_and_could_be_better_has_its_price(tmp_path: Path) -> None:
     assert {one.level for one in found if one.id in ("allocator", "packing", "bitsandbytes")} == {"note"}
 
 
+def test_under_a_memory_limit_glibc_is_the_better_one(tmp_path: Path) -> None:
+    limited = AgentConfig(
+        agent=AgentSection(id="one"), broker=BrokerConfig(url="mqtt://127.0.0.1"),
+        base=BaseSection(path="/base"), data=DataSection(path="/rows"), limits=LimitsSection(memory_mb=900),
+    )  # fmt: skip
+    assert limited.allocator() == "glibc"
+    assert (
+        msgspec.structs.replace(limited, trainer=TrainerSection(allocator="mimalloc")).allocator()
+        == "mimalloc"
+    )
+    assert msgspec.structs.replace(limited, limits=LimitsSection()).allocator() == "auto"
+    lines = [Accounting(allocator="glibc", allocator_word="glibc 2.36")]
+    there = lambda _: object()  # noqa: E731
+    found = training_findings(tmp_path, TRAINER, "glibc", checkup=lambda _: lines, is_there=there)
+    assert only(list(found), "allocator").level == "ok"
+
+
 def test_bitsandbytes_without_its_native_kernels(tmp_path: Path) -> None:
     line = Decoding(kind="cpu", why_not="its native library does not load here")
     finding = only(asked(tmp_path, line, trainer=TrainerSection(base_precision="nf4")), "bitsandbytes")
@@ -219,8 +244,8 @@ def test_an_allocator_that_is_not_there(tmp_path: Path) -> None:
             raise ConfigError("jemalloc is not installed", "install it")
         return [Kernel(device="cpu")]
 
-    trainer = TrainerSection(allocator="jemalloc")
-    found = list(training_findings(tmp_path, trainer, checkup=checkup, is_there=lambda _: object()))
+    there = lambda _: object()  # noqa: E731
+    found = list(training_findings(tmp_path, TRAINER, "jemalloc", checkup=checkup, is_there=there))
     assert only(found, "allocator").exit_code == 64 and only(found, "kernel").level == "ok"
 
 

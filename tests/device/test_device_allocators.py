@@ -25,7 +25,7 @@ def _library(folder: Path, name: str, header: bytes = HEADER) -> Path:
 
 
 def test_the_best_there_is_comes_first(tmp_path: Path) -> None:
-    assert find_allocator(folders=[tmp_path]) == Allocator("glibc")
+    assert find_allocator(folders=[tmp_path]) == find_allocator("glibc")
     for name, kind in (
         ("libjemalloc.so.2", "jemalloc"),
         ("libtcmalloc_minimal.so.4", "tcmalloc"),
@@ -47,7 +47,7 @@ def test_what_cannot_be_loaded_here_is_passed_over(tmp_path: Path) -> None:
     _library(tmp_path, "libtcmalloc_minimal.so.4", bytes(other))
     _library(tmp_path, "libjemalloc.so.2", b"INPUT(libjemalloc.a)")
     _library(blank, "libmimalloc.so.3")
-    assert find_allocator(folders=[tmp_path, blank]) == Allocator("glibc")
+    assert find_allocator(folders=[tmp_path, blank]) == find_allocator("glibc")
     for name, place in (("libjemalloc.so.2", tmp_path), ("libmimalloc.so.3", blank)):
         with pytest.raises(ConfigError, match="cannot be preloaded"):
             find_allocator(str(place / name))
@@ -68,7 +68,7 @@ def test_one_that_is_named_must_be_there(tmp_path: Path) -> None:
 def test_without_glibc_nothing_is_preloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _library(tmp_path, "libmimalloc.so.3")
     monkeypatch.setattr(allocators, "_has_glibc", lambda: False)
-    assert find_allocator(folders=[tmp_path]) == Allocator("glibc")
+    assert find_allocator(folders=[tmp_path]) == find_allocator("glibc")
 
 
 def test_the_environment_adds_to_what_is_there() -> None:
@@ -78,6 +78,8 @@ def test_the_environment_adds_to_what_is_there() -> None:
     }  # fmt: skip
     assert one.environment({})["LD_PRELOAD"] == "/l/libmimalloc.so.3"
     assert Allocator("glibc").environment({"LD_PRELOAD": "/l/own.so"}) == {}
+    assert find_allocator("glibc").environment({"GLIBC_TUNABLES": "mine"}) == {}
+    assert "hugetlb" in find_allocator("glibc").environment({})["GLIBC_TUNABLES"]
 
 
 def test_wheels_come_before_the_system(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,7 +44,11 @@ def examine(file: Path, *, root: Path = _ROOT, clock: Clock | None = None) -> It
     if refused:
         yield Finding(id="torch", level="skipped", text="training was not tried: see jetpack")
     else:
-        yield from training_findings(root, TrainerSection() if config is None else config.trainer)
+        yield from training_findings(
+            root,
+            TrainerSection() if config is None else config.trainer,
+            "auto" if config is None else config.allocator(),
+        )
     if config is None:
         for name in _OF_CONFIG:
             yield Finding(id=name, level="skipped", text="not looked at: see config")

@@ -36,6 +36,7 @@ Checkup = Callable[[str], Sequence[CheckupLine]]
 def training_findings(
     root: Path,
     trainer: TrainerSection,
+    allocator: str = "auto",
     *,
     checkup: Checkup = run_checkup,
     is_there: Callable[[str], object | None] = importlib.util.find_spec,
@@ -60,14 +61,14 @@ def training_findings(
         )  # fmt: skip
         return
     try:
-        lines = checkup(trainer.allocator)
+        lines = checkup(allocator)
     except ConfigError as error:
         yield of_error("allocator", error)
         lines = checkup("auto")
     for line in lines:
         match line:
             case Accounting():
-                yield from _accounting(line)
+                yield from _accounting(line, wanted=allocator == "glibc")
             case Versions():
                 yield from _versions(line, root, trainer)
             case Kernel():
@@ -81,8 +82,13 @@ def training_findings(
                 yield _failed(line, trainer)
 
 
-def _accounting(line: Accounting) -> Iterator[Finding]:
-    if line.allocator == "glibc":
+def _accounting(line: Accounting, *, wanted: bool) -> Iterator[Finding]:
+    if line.allocator == "glibc" and wanted:
+        yield Finding(
+            id="allocator", level="ok", text=f"the trainer's memory is allocated by {line.allocator_word}, "
+            "as a memory limit or the config wants it: it holds what its tensors take",
+        )  # fmt: skip
+    elif line.allocator == "glibc":
         yield Finding(
             id="allocator", level="note", text=f"the trainer's memory is allocated by {line.allocator_word}: "
             f"{prices.ALLOCATOR}",
