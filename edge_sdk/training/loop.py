@@ -29,13 +29,13 @@ _RECENT = 8
 @dataclass
 class Trace:
     """Loss and seconds of every step, the whole training's seconds; share of row visits whose frozen prefix
-
-    was read rather than computed."""
+    was read rather than computed; steps that moved nothing, their gradients being beyond fp16."""
 
     losses: list[float] = field(default_factory=list)
     step_s: list[float] = field(default_factory=list)
     train_s: float = 0.0
     prefix_read: float = 0.0
+    left_out: int = 0
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,7 @@ def train(
                 trace.step_s.append(time.perf_counter() - begun)
                 report(_done(trace, tokens, candidate.steps))
         check()
+        trace.left_out = optimizer.left_out
     finally:
         if optimizer is not None:
             optimizer.close()

@@ -50,6 +50,8 @@ class RoundOptimizer:
         self._spec = spec
         self._steps = steps
         self._step = 0
+        self.left_out = 0
+        """Steps whose gradients were not finite."""
         made = [
             {
                 "params": parameters,
@@ -78,6 +80,8 @@ class RoundOptimizer:
             for group, rate in zip(self._inner.param_groups, self._rates, strict=True):
                 group["lr"] = rate * share
             self._inner.step()
+        else:
+            self.left_out += 1
         self._inner.zero_grad(set_to_none=True)
 
     def close(self) -> None:

@@ -34,6 +34,9 @@ __all__ = ["Resident", "resident_key"]
 
 _log = logging.getLogger(__name__)
 
+_KEPT_BYTES = 64e6
+"""What an evaluation may keep of a file for the next one, which needs it where the head alone was trained."""
+
 
 def resident_key(setup: Setup, folder: Path) -> tuple[object, ...]:
     """What another value of means loading the model again: other files in the base's ``folder`` too."""
@@ -166,7 +169,7 @@ class Resident:
         self._limit(None)
         self.model.tune(0)
         for rows in self._rows.values():
-            rows.head_inputs = None
+            rows.head_inputs.clear()
         self._settled = False
         trim()
 
@@ -182,9 +185,10 @@ class Resident:
                 yield self.task.batch(rows, chosen, self.device)
             return
         # half a batch at a time: a forward pass alone, yet never near what a step takes
-        features = self._head_inputs(rows, torch.from_numpy(drawn), max(1, candidate.micro_batch // 2))
+        kept = self._kept(rows, trim=False)
+        self._fill(rows, kept, torch.from_numpy(drawn), max(1, candidate.micro_batch // 2), trim=False)
         for chosen in orders:
-            yield self._read(rows, features, chosen)
+            yield self._read(rows, kept, chosen)
 
     def prefix(
         self, setup: Setup, rows: Rows, candidate: Candidate, spec: TrainSpec, drawn: Any, folder: Path
@@ -206,26 +210,37 @@ class Resident:
     def every(self, rows: Rows, batch: int) -> Iterator[Batch]:
         """Every row once; rows of a length together, padded as little as they need. Where there is a head,
         as it reads them."""
+        small = 4 * len(rows) * self.model.shape.hidden <= _KEPT_BYTES
+        kept = self._kept(rows, trim=True) if self.task.has_head and small else None
         for chosen in torch.argsort(rows.lengths, stable=True).split(batch):
+            if kept is not None:
+                self._fill(rows, kept, chosen, batch, trim=True)
+                yield self._read(rows, kept, chosen)
+                continue
+            ids, mask, targets = self.task.batch(rows, chosen, self.device, trim=True)
             if self.task.has_head:
-                yield self._read(rows, self._head_inputs(rows, chosen, batch, trim=True), chosen)
-            else:
-                yield self.task.batch(rows, chosen, self.device, trim=True)
+                with torch.inference_mode():
+                    ids, mask = self.model.encode(ids, mask).float(), None
+            yield ids, mask, targets
 
-    def _read(self, rows: Rows, features: Any, chosen: Any) -> Batch:
-        return features[chosen].unsqueeze(1).to(self.device), None, rows.labels[chosen].to(self.device)
+    def _read(self, rows: Rows, kept: tuple[Any, Any], chosen: Any) -> Batch:
+        return kept[0][chosen].unsqueeze(1).to(self.device), None, rows.labels[chosen].to(self.device)
 
-    def _head_inputs(self, rows: Rows, wanted: Any, batch: int, *, trim: bool = False) -> Any:
-        """The head's inputs (rows, hidden), computed for ``wanted`` rows that are not there yet.
+    def _kept(self, rows: Rows, *, trim: bool) -> tuple[Any, Any]:
+        """The head's inputs (rows, hidden), and which of them are there.
 
         They hold as long as rows, LoRA values and what is folded are the same, which head-only training
         leaves alone.
         """
         lora = self._lora_digest()
-        if rows.head_inputs is None or rows.head_inputs[0] != lora:
+        if trim not in rows.head_inputs or rows.head_inputs[trim][0] != lora:
             empty = torch.empty(len(rows), self.model.shape.hidden)
-            rows.head_inputs = (lora, empty, torch.zeros(len(rows), dtype=torch.bool))
-        _, features, there = rows.head_inputs
+            rows.head_inputs[trim] = (lora, empty, torch.zeros(len(rows), dtype=torch.bool))
+        return rows.head_inputs[trim][1:]
+
+    def _fill(self, rows: Rows, kept: tuple[Any, Any], wanted: Any, batch: int, *, trim: bool) -> None:
+        """Computes what the head reads of the ``wanted`` rows that are not there yet."""
+        features, there = kept
         missing = torch.unique(wanted[~there[wanted]])
         with torch.inference_mode():
             for chosen in missing.split(batch) if len(missing) else ():
@@ -233,7 +248,6 @@ class Resident:
                 ids, mask = rows.inputs(chosen, self.device, trim=trim)
                 features[chosen] = self.model.encode(ids, mask)[:, 0].cpu().float()
                 there[chosen] = True
-        return features
 
     def _lora_digest(self) -> str:
         digest = hashlib.sha256(self.model.folding.digest.encode())

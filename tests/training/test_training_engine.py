@@ -37,10 +37,12 @@ from edge_sdk.protocol.trainer import (  # noqa: E402
     TrainerReply,
     TrainerRequest,
 )
-from edge_sdk.training import checking, engine  # noqa: E402
+from edge_sdk.training import checking, engine, loop  # noqa: E402
+from edge_sdk.training import resident as resident_module  # noqa: E402
 from edge_sdk.training.base import gpu_uuid  # noqa: E402
 from edge_sdk.training.inline import InlineTrainer  # noqa: E402
 from edge_sdk.training.model.checkpoint import Entry  # noqa: E402
+from edge_sdk.training.optimizer import LossScale  # noqa: E402
 from edge_sdk.training.words import MECHANISMS  # noqa: E402
 from edge_sdk.updates.container import read_container  # noqa: E402
 from edge_sdk.updates.initial import initial_adapter  # noqa: E402
@@ -219,7 +221,9 @@ def test_the_head_alone_learns_from_cached_features(bench: Bench) -> None:
     assert Path(again.update).read_bytes() == Path(reply.update).read_bytes()
 
 
-def test_the_head_alone_is_the_whole_model_with_nothing_else_tuned(bench: Bench) -> None:
+def test_the_head_alone_is_the_whole_model_with_nothing_else_tuned(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bench.version()
     resident = bench.trainer._engine._resident  # type: ignore[union-attr]
     assert resident is not None
@@ -229,11 +233,23 @@ def test_the_head_alone_is_the_whole_model_with_nothing_else_tuned(bench: Bench)
     with torch.inference_mode():
         whole = resident.model.net(input_ids=ids, attention_mask=mask).logits
         assert torch.allclose(whole, resident.model.logits(ids, mask), atol=1e-6)
-        # an evaluation trims the padding and keeps what it computed
-        right = 0
-        for features, _, labels in resident.every(rows, 8):
-            right += int((resident.model.head(features).argmax(1) == labels).sum())
-        assert right == int((whole.argmax(1) == rows.labels).sum())
+        # an evaluation trims the padding and keeps what it computed, where that is not much
+        for most in (64e6, 1.0):
+            monkeypatch.setattr(resident_module, "_KEPT_BYTES", most)
+            rows.head_inputs.clear()
+            right = 0
+            for features, _, labels in resident.every(rows, 8):
+                right += int((resident.model.head(features).argmax(1) == labels).sum())
+            assert right == int((whole.argmax(1) == rows.labels).sum())
+            assert len(rows.head_inputs) == (most > 1.0)
+
+
+def test_an_evaluation_changes_no_bit_of_a_later_training(bench: Bench) -> None:
+    versions = (str(bench.version()),)
+    alone = Path(bench.train("alone", candidate={"depth": 0}).update).read_bytes()
+    bench.trainer.unload()
+    assert isinstance(bench.ask(Evaluate(id=3, setup=bench.setup, versions=versions)), Evaluated)
+    assert Path(bench.train("after", candidate={"depth": 0}).update).read_bytes() == alone
 
 
 def test_a_cache_of_the_frozen_layers_changes_nothing(bench: Bench) -> None:
@@ -468,6 +484,17 @@ def test_loading_is_interrupted_too(bench: Bench, monkeypatch: pytest.MonkeyPatc
     assert not bench.trainer.loaded
     monkeypatch.undo()
     assert bench.describe().samples == 96
+
+
+def test_gradients_beyond_fp16_in_every_step_are_told(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.setup = msgspec.structs.replace(bench.setup, base_precision="fp16")
+    half = {"base_precision": "fp16", "depth": 1, "steps": 2}
+    bench.describe()
+    assert isinstance(bench.train(candidate=half), Trained)
+    monkeypatch.setattr(loop, "LossScale", lambda: LossScale(2.0**60))
+    reply = bench.train(candidate=half)
+    assert isinstance(reply, Failed) and "range of fp16" in reply.message
+    assert isinstance(bench.train(candidate={**half, "steps": 60}), Trained)  # halved until it fits
 
 
 def test_more_layers_than_there_are_cannot_be_offered(bench: Bench) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ class Rows:
         counts: rows by label.
         dropped: rows that are not here because nothing of them could be learnt.
         head_inputs: what the head reads of each row, (rows, hidden), with the digest of the LoRA values that
-            they were computed with, and which rows are there.
+            they were computed with, and which rows are there. By whether their batches were trimmed: the
+            last bits differ.
     """
 
     ids: Any
@@ -43,7 +44,7 @@ class Rows:
     learnt: Any = None
     counts: tuple[int, ...] = ()
     dropped: int = 0
-    head_inputs: tuple[str, Any, Any] | None = None
+    head_inputs: dict[bool, tuple[str, Any, Any]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return int(self.lengths.numel())
