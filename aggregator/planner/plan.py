@@ -122,9 +122,10 @@ def plan_round(
 def _left_out(allocated: Allocated, fixed: float | None) -> str:
     if not allocated.uncovered or allocated.covering_s is None or fixed is None:
         return ""
+    lacking = "1 layer is" if allocated.uncovered == 1 else f"{allocated.uncovered} layers are"
     enough = math.ceil(SLACK * allocated.covering_s)
     return (
-        f"rounds.deadline_s is {fixed:g}: {allocated.uncovered} layers are trained by fewer devices than "
+        f"rounds.deadline_s is {fixed:g}: {lacking} trained by fewer devices than "
         f"should, or by none; from {enough} s on there is time for all of them"
     )
 

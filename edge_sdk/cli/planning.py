@@ -6,7 +6,6 @@ import json
 from codecs import BOM_UTF8
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from stat import S_ISDIR, S_ISREG
 from typing import Any
 
 import msgspec
@@ -165,12 +164,11 @@ def _config(path: Path) -> dict[str, Any]:
     file = path
     try:
         file = path / "config.json" if path.is_dir() else path
-        about = file.stat()
-        if not (S_ISREG(about.st_mode) or S_ISDIR(about.st_mode)):
-            raise BaseModelError(f"{file} is no regular file", hint)
-        if about.st_size > _MOST_BYTES:
+        with file.open("rb") as opened:
+            read = opened.read(_MOST_BYTES + 1)
+        if len(read) > _MOST_BYTES:
             raise BaseModelError(f"{file} is above {_MOST_BYTES >> 20} MiB, so hardly a config.json", hint)
-        found = msgspec.json.decode(file.read_bytes().removeprefix(BOM_UTF8))
+        found = msgspec.json.decode(read.removeprefix(BOM_UTF8))
     except OSError as error:
         raise BaseModelError(f"{str(file)[:200]} cannot be read: {error.strerror}", hint) from None
     except (msgspec.DecodeError, RecursionError) as error:

@@ -39,9 +39,11 @@ class Schema(NamedTuple):
 def read_toml(path: Path) -> dict[str, Any]:
     """The tables of a TOML file. Raises ConfigError where it is missing, unreadable or not TOML."""
     try:
-        if path.stat().st_size > _MAX_FILE_BYTES:
+        with path.open("rb") as file:
+            read = file.read(_MAX_FILE_BYTES + 1)  # no more of what has no end, as /dev/zero
+        if len(read) > _MAX_FILE_BYTES:
             raise ConfigError(f"{path}: is above {_MAX_FILE_BYTES >> 20} MiB, so hardly a config file")
-        return tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+        return tomllib.loads(read.decode("utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such file", "`init` writes a commented one") from None
     except OSError as error:

@@ -1,6 +1,7 @@
 """Bad config files: everything that is wrong is told at once, and what to do about it."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -268,6 +269,7 @@ def test_a_run_needs_little(run):
 def test_files_that_cannot_be_used(tmp_path):
     assert "there is no such file" in error(load_run_config, tmp_path / "none.toml")
     assert "cannot be read" in error(load_run_config, tmp_path)
+    assert "is above 4 MiB" in error(load_run_config, Path("/dev/zero"))
     (tmp_path / "run.toml").write_text('[run]\nname = "r"\nlabels = x\n[base]')
     assert "run.toml: is not TOML: " in error(load_run_config, tmp_path / "run.toml")
     assert "line 3" in error(load_run_config, tmp_path / "run.toml")

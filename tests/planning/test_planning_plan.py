@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from itertools import pairwise
@@ -192,13 +191,10 @@ def test_without_figures_there_are_reasons(tmp_path: Path, capsys: pytest.Captur
     assert "config.json" in told_why.value.hint
 
 
-def test_files_that_are_no_config_are_refused_unread(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")
+def test_files_that_are_no_config_are_refused(tmp_path: Path) -> None:
     (tmp_path / "deep").write_text("[" * 100_000)
-    with (tmp_path / "large").open("wb") as file:
-        file.truncate(5 << 20)
     for name, why in (
-        ("pipe", "no regular file"), ("deep", "is not JSON"), ("large", "above 4 MiB"),
+        ("deep", "is not JSON"), ("/dev/zero", "above 4 MiB"),
         ("n" * 5000, "cannot be read: File name too long"),
     ):  # fmt: skip
         with pytest.raises(BaseModelError, match=why):
