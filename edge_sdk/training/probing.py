@@ -37,7 +37,7 @@ MAX_SETTINGS = 5
 _STEPS = 3
 """The first takes its time for what later ones find ready; the least of the others counts, of all passes."""
 _MOST_PASSES = 5
-_ENOUGH_S = 25.0
+_ENOUGH_S = 12.0
 """After the second pass none begins later than this: few steps of a busy machine tell little."""
 _MARGIN = 0.9
 """Share of the limit that a prediction may fill."""
