@@ -61,7 +61,7 @@ def test_one_pool_is_shared_with_an_integrated_gpu(tmp_path: Path) -> None:
     one.machine.facts["accelerators"] = ("NVIDIA tegra234 (integrated)",)
     memory = memory_now(one.core.context, FIT, "cuda:0")
     taken = GPU_SYSTEM_MB + prices().process_mb  # by a process that does not run yet
-    assert (memory.free_mb, memory.budget_mb) == (3000, 3000 - 100 - taken)
+    assert (memory.free_mb, memory.budget_mb) == pytest.approx((3000, 3000 - 100 - taken), rel=1e-12)
     one.trainer.loaded, one.trainer.pid, one.machine.rss_mb = True, 1, 1500.0  # type: ignore[attr-defined]
     memory = memory_now(one.core.context, FIT, "cuda:0")
     assert memory.budget_mb == 3000, "what the process holds on the host is nothing that training may use"
