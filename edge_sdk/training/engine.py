@@ -300,7 +300,7 @@ class Engine:
         def report(done: int) -> None:
             self._progress(request.id, "evaluating", done, len(rows))
 
-        with checked(resident.model.layers, watch):
+        with checked(resident.model, watch):
             found = resident.task.evaluate(
                 resident.model, resident.every(rows, setup.micro_batch), check=watch, report=report
             )

@@ -86,7 +86,7 @@ def train(
         )
         with ExitStack() as around:
             around.enter_context(_store(model, candidate, generator))
-            around.enter_context(checked(model.layers, check))
+            around.enter_context(checked(model, check))
             around.enter_context(prefix.over() if prefix is not None else nullcontext())
             for step in range(candidate.steps):
                 begun = time.perf_counter()

@@ -23,6 +23,7 @@ from edge_sdk.training.loop import StepDone, Trace, layer_plans, train  # noqa: 
 from edge_sdk.training.model import TunableModel, load_model  # noqa: E402
 from edge_sdk.training.randomness import draw_rows, generator, torch_generator  # noqa: E402
 from edge_sdk.training.tasks.finding import task_of  # noqa: E402
+from edge_sdk.training.tasks.loss import token_loss  # noqa: E402
 from edge_sdk.updates.initial import initial_adapter  # noqa: E402
 
 LORA = LoraShape(rank=4, alpha=8.0)
@@ -132,9 +133,29 @@ def test_an_interrupt_ends_a_step_between_layers(
     assert again.losses == whole.losses and all(np.array_equal(also[k], moved[k]) for k in moved)
 
 
+def test_an_interrupt_ends_a_large_output_layer(llama: TunableModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between its parts: of a large vocabulary it takes longer than all layers."""
+    ids, mask, targets = next(batches_of("causal-lm", BATCH))
+    hidden = llama.hidden(ids, mask)
+    asked = 0
+
+    def check() -> None:
+        nonlocal asked
+        asked += 1
+        if asked == 3:
+            raise InterruptError
+
+    monkeypatch.setattr(llama, "hidden", lambda *_: hidden)
+    monkeypatch.setitem(token_loss.__kwdefaults__, "scratch", 4 * 64)  # a place at a time
+    with checked(llama, check, every_s=0.0), pytest.raises(InterruptError):
+        task_of("causal-lm").loss(llama, (ids, mask, targets))
+    llama.check()
+    assert asked == 3
+
+
 def test_checks_are_no_more_often_than_asked_for(roberta: TunableModel) -> None:
     asked = []
-    with checked(roberta.layers, lambda: asked.append(1), every_s=3600.0):
+    with checked(roberta, lambda: asked.append(1), every_s=3600.0):
         roberta.hidden(torch.arange(8).view(1, 8) + 4, torch.ones(1, 8, dtype=torch.int64))
     assert not asked
 

@@ -6,7 +6,7 @@ and the dense parts of the head, (rows, rest).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +42,7 @@ class TunableModel:
         output_weight: of a causal language model: the output layer, (vocabulary, hidden), frozen.
         sources: where the frozen weights of ``linears`` lie in the base's files.
         folding: what the present version has folded into them.
+        check: to be called in the course of long computations; may raise to end them.
     """
 
     net: Any
@@ -59,6 +60,7 @@ class TunableModel:
     output_bias: Any = None
     sources: dict[str, BaseWeight] = field(default_factory=dict)
     folding: Folding = field(default_factory=Folding)
+    check: Callable[[], None] = lambda: None
 
     def check_length(self, max_length: int) -> None:
         """Raises BaseModelError where the model has no positions for so many tokens."""

@@ -16,6 +16,7 @@ from edge_sdk.planning.precision import BlockCosts, Option, allocate, held_bytes
 from edge_sdk.protocol.base_plan import WORD_OF_BITS, BasePlan, BlockPlan
 from edge_sdk.protocol.trainer import DataSource, PlanBase, Setup
 from edge_sdk.training.base import compute_device
+from edge_sdk.training.checking import checked
 from edge_sdk.training.model import TunableModel, load_model
 from edge_sdk.training.model.checkpoint import Checkpoint
 from edge_sdk.training.model.frozen import BasePrecision
@@ -39,7 +40,7 @@ def plan_base(
     """The plan of the base in ``folder``. The base is held as its checkpoint has it while it is measured.
 
     Args:
-        check: called between tensors and blocks; raises to end the request.
+        check: called between tensors and layers; raises to end the request.
         report: told of the blocks done, and of how many there are in all.
 
     Raises:
@@ -66,9 +67,11 @@ def plan_base(
         return one
 
     words = [WORD_OF_BITS[bits] for bits in _BITS]
-    figures = block_figures(model, batches[0], words, done(0))
+    with checked(model, check):
+        figures = block_figures(model, batches[0], words, done(0))
+        rises = loss_rises(model, batches, done(count)) if request.method == "loss" else ()
     if request.method == "loss":
-        raw: Sequence[float] = loss_rises(model, batches, done(count))
+        raw: Sequence[float] = rises
         # the rise belongs to the error at 2 bits: at other bits to a part of it
         units = [figure.errors["int2"] or 1.0 for figure in figures]
     else:

@@ -142,6 +142,6 @@ def _mean_loss(
             targets = torch.full_like(ids, -100)
             targets[:, :-1] = torch.where(mask[:, 1:].bool(), ids[:, 1:], -100)
             known = int((targets >= 0).sum())
-            output = Output(model.output_weight, model.output_bias)
+            output = Output(model.output_weight, model.output_bias, model.check)
             total, count = total + float(token_loss(now, output, targets, 1)), count + known
     return total / max(1, count)

@@ -104,7 +104,7 @@ class CausalLM:
 def _output(model: TunableModel) -> Output:
     if model.output_weight is None:
         raise TrainerError("the model was not loaded as a language model: it has no output layer")
-    return Output(model.output_weight, model.output_bias)
+    return Output(model.output_weight, model.output_bias, model.check)
 
 
 def _coded(

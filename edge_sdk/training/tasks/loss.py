@@ -9,7 +9,7 @@ hand, and is all that is kept: (learnt places, hidden). Places that are not lear
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,10 +27,12 @@ _WEIGHT_SHARE = 4
 
 @dataclass(frozen=True)
 class Output:
-    """The frozen output layer: weight (vocabulary, hidden), bias (vocabulary,) or None."""
+    """The frozen output layer: weight (vocabulary, hidden), bias (vocabulary,) or None. ``check`` is called
+    between parts; raises to end the computation."""
 
     weight: FrozenWeight
     bias: Any = None
+    check: Callable[[], None] = lambda: None
 
 
 def token_loss(
@@ -106,6 +108,7 @@ def _parts(rows: Any, output: Output, places: Any, targets: Any, scratch: int) -
         step = max(1, scratch // _WEIGHT_SHARE // (weight.in_features * rows.element_size()))
     buffer = torch.empty(most, vocabulary, dtype=torch.float32, device=rows.device)
     for begin in range(0, places.numel(), most):
+        output.check()
         chosen = places[begin : begin + most]
         hidden = rows[chosen]
         logits = buffer[: len(chosen)]
