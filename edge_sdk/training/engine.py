@@ -332,13 +332,14 @@ class Engine:
 
         folder = write_merged(
             Path(request.folder),
-            local_base(request.base),
+            local_base(request.base, self._check),
             VersionChain([Path(path) for path in request.versions]),
             shape=request.shape,
             lora=request.lora,
             labels=request.labels,
             task=request.task,
             card=request.card,
+            check=self._check,
         )
         return Exported(id=request.id, folder=str(folder))
 

@@ -11,7 +11,7 @@ import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,8 +59,10 @@ def write_merged(
     labels: tuple[str, ...],
     task: str,
     card: str = "",
+    check: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Writes config, weights, tokenizer and a model card; replaces an older folder at once.
+    """Writes config, weights, tokenizer and a model card; replaces an older folder at once. ``check`` is
+    called between tensors; raises to end the writing, of which nothing is left then.
 
     Raises BaseModelError for a base that is quantized or not the version's, ContainerError for a version that
     is not whole.
@@ -80,7 +82,7 @@ def write_merged(
         config.architectures = [type(net).__name__]
         config.save_pretrained(building)
         (building / "README.md").write_text(_card(str(base), type(net).__name__, task, card))
-        _write(building / "model.safetensors", places, version, lora)
+        _write(building / "model.safetensors", places, version, lora, check)
         building.chmod(0o755)
         for path in building.iterdir():
             with path.open("rb") as file:
@@ -120,7 +122,7 @@ def _places(net: nn.Module, checkpoint: Checkpoint, shape: ModelShape) -> Iterat
             continue  # tied, and the same: transformers ties it again
         else:
             layer, module = modules.pop(name, (0, None))
-            dtype = entry.read().dtype if module is None else kept
+            dtype = entry.dtype if module is None else kept
             yield _Place(name, entry.tensor.shape, dtype, entry, layer=layer, module=module)
         tied[id(parameter)] = name
     names = dict(net.named_parameters(remove_duplicate=False))
@@ -144,7 +146,9 @@ def _kept_dtype(found: dict[str, Entry]) -> Any:
     return dtype
 
 
-def _write(path: Path, places: list[_Place], version: VersionChain, lora: LoraShape) -> None:
+def _write(
+    path: Path, places: list[_Place], version: VersionChain, lora: LoraShape, check: Callable[[], None]
+) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for place in places:
@@ -158,6 +162,7 @@ def _write(path: Path, places: list[_Place], version: VersionChain, lora: LoraSh
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for place in places:
+            check()
             values = _values(place, version, lora).to(place.dtype).contiguous()
             file.write(memoryview(values.view(-1).view(torch.uint8).numpy()))
 

@@ -14,6 +14,7 @@ from families import make_base  # noqa: E402
 
 from edge_sdk.errors import BaseModelError  # noqa: E402
 from edge_sdk.protocol.model import LoraShape  # noqa: E402
+from edge_sdk.training.failures import InterruptError  # noqa: E402
 from edge_sdk.training.merged import write_merged  # noqa: E402
 from edge_sdk.training.model import load_model  # noqa: E402
 from edge_sdk.updates.initial import initial_adapter  # noqa: E402
@@ -94,3 +95,25 @@ def test_a_quantized_base_is_refused(tmp_path: Path) -> None:
             task="classification",
         )  # fmt: skip
     assert not (tmp_path / "merged").exists()
+
+
+def test_an_interrupt_leaves_nothing_and_what_was_there(tmp_path: Path) -> None:
+    base, into = tmp_path / "base", tmp_path / "exports" / "merged"
+    make_base("bert", "classification", base)
+    model = load_model(base, ("a", "b", "c"), LORA, "cpu")
+    version, _ = a_version(tmp_path, model.shape)
+    into.mkdir(parents=True)
+    (into / "older").touch()
+    asked = []
+
+    def check() -> None:
+        asked.append(1)
+        if len(asked) == 9:
+            raise InterruptError
+
+    with pytest.raises(InterruptError):
+        write_merged(
+            into, base, version, shape=model.shape, lora=LORA, labels=("a", "b", "c"), task="classification",
+            check=check,
+        )  # fmt: skip
+    assert [path.name for path in into.parent.rglob("*")] == ["merged", "older"]

@@ -39,8 +39,9 @@ class Entry:
     path: Path
     tensor: Tensor
 
-    def read(self) -> Any:
-        """Its values, of the dtype and shape of the file. Raises BaseModelError."""
+    @property
+    def dtype(self) -> Any:
+        """torch's. Raises BaseModelError."""
         dtype = _DTYPES.get(self.tensor.dtype)
         if dtype is None:
             raise BaseModelError(
@@ -48,7 +49,11 @@ class Entry:
                 "which is a packed format that is not read here",
                 "take the model's fp32, bf16 or fp16 weights; base precision is chosen on the device",
             )
-        values = torch.empty(self.tensor.shape, dtype=dtype)
+        return dtype
+
+    def read(self) -> Any:
+        """Its values, of the dtype and shape of the file. Raises BaseModelError."""
+        values = torch.empty(self.tensor.shape, dtype=self.dtype)
         view = memoryview(values.view(-1).view(torch.uint8).numpy())
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.tensor.begin)
