@@ -12,7 +12,7 @@ from edge_sdk.agent.context import Context
 from edge_sdk.agent.joining import Joining
 from edge_sdk.agent.link import kept_link
 from edge_sdk.agent.lock import holder
-from edge_sdk.agent.record import AgentRecord, RoundRow
+from edge_sdk.agent.record import AgentRecord, RoundRow, disk_error
 from edge_sdk.agent.rounds import Rounds
 from edge_sdk.agent.traffic import Traffic
 from edge_sdk.clock import Clock, SystemClock
@@ -114,8 +114,11 @@ def folder_status(config: AgentConfig, clock: Clock | None = None) -> dict[str, 
         "run": None,
     }
     path = folder / "agent.db"
-    if not path.is_file():
-        return status
+    try:
+        if not path.is_file():
+            return status
+    except OSError as error:
+        raise disk_error(folder, error) from None
     record = AgentRecord(path, read_only=True)
     try:
         run = record.run

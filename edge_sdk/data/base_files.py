@@ -48,8 +48,19 @@ def find_base(path_or_hub_id: str) -> Path:
     read: HF_HUB_CACHE, HF_HOME, XDG_CACHE_HOME. Of several snapshots the one that ``main`` refers to counts.
 
     Raises:
-        BaseModelError: there is no such folder, it holds no model, or the hub id is not in the cache.
+        BaseModelError: there is no such folder, it holds no model or may not be looked into, or the hub id
+            is not in the cache.
     """
+    try:
+        return _find(path_or_hub_id)
+    except OSError as error:
+        raise BaseModelError(
+            f'base model "{path_or_hub_id[:200]}" cannot be looked into: {error.strerror}',
+            "let the user that runs this read the folder and what lies in it",
+        ) from None
+
+
+def _find(path_or_hub_id: str) -> Path:
     try:
         path = Path(path_or_hub_id).expanduser()
     except RuntimeError as error:

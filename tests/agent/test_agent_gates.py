@@ -16,6 +16,7 @@ from edge_sdk.agent.reporting import folder_status
 from edge_sdk.agent.traffic import Traffic
 from edge_sdk.config.agent import GatesSection
 from edge_sdk.device import machine as real_machine
+from edge_sdk.errors import StateError
 from edge_sdk.protocol.measure import Profile
 from edge_sdk.protocol.wire import Choice, Decline, Status
 
@@ -281,6 +282,17 @@ def test_a_month_of_days_is_kept(tmp_path: Path) -> None:
     record = world.core.context.record
     days = record._db.execute("SELECT count(DISTINCT run) FROM ledger WHERE run LIKE 'day %'").fetchone()
     assert days == (31,) and record.ledger("run-1")["bytes_up"] >= 407
+
+
+def test_a_state_folder_that_may_not_be_looked_into(joined: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = joined().config
+
+    def refused(_self: Path) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "is_file", refused)
+    with pytest.raises(StateError, match="cannot be used: Permission denied"):
+        folder_status(config)
 
 
 class AClock:

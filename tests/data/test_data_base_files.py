@@ -297,3 +297,12 @@ def test_folders_that_hold_no_model(cache, tmp_path):
     Path("file").touch()
     with pytest.raises(BaseModelError, match="is a file"):
         find_base("file")
+
+
+def test_a_folder_that_may_not_be_looked_into(tmp_path, monkeypatch):
+    def refused(_self):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "is_file", refused)
+    with pytest.raises(BaseModelError, match="cannot be looked into: Permission denied"):
+        find_base(str(tmp_path))
