@@ -96,9 +96,11 @@ def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
     """Folders of tiny random models of every family, by family and task."""
+    import torch
     from families import FAMILIES as TABLE
     from families import make_base
 
+    torch.set_num_threads(1)  # of so small a model threads wait for each other alone
     folders = {}
     for family, row in TABLE.items():
         for task in row.tasks:
