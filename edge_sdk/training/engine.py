@@ -36,7 +36,7 @@ from edge_sdk.protocol.trainer import (
     TrainerReply,
     TrainerRequest,
 )
-from edge_sdk.training.allocator import allocator_word, empty_gpu_cache
+from edge_sdk.training.allocator import allocator_word, empty_gpu_cache, trim
 from edge_sdk.training.base import gpu_uuid
 from edge_sdk.training.failures import InterruptError, failed
 from edge_sdk.training.lean import keep_lean
@@ -107,6 +107,8 @@ class Engine:
         if failure is not None:
             if failure.cause == "memory" and self._resident is not None:
                 self._resident.recover()
+            else:
+                trim()
             self._deliver(failure)
 
     def _answer(self, request: TrainerRequest) -> TrainerReply:

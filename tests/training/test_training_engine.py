@@ -536,6 +536,15 @@ def test_a_gpus_memory_is_given_back_before_the_answer(bench: Bench, monkeypatch
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given.append(len(bench.replies)))
     bench.train(candidate={"steps": 1})
     assert given[-1] == len(bench.replies) - 1 and isinstance(bench.replies[-1], Trained)
+    given.clear()
+    monkeypatch.setattr(engine, "_ALIVE_S", 0.0)  # and what an interrupt ended is given back as well
+
+    def deliver(reply: TrainerReply) -> None:
+        bench.replies.append(reply)
+        bench.trainer.interrupt()
+
+    monkeypatch.setattr(bench.trainer._engine, "_deliver", deliver)
+    assert isinstance(bench.train(), Failed) and given[-1] == len(bench.replies) - 1
 
 
 def test_a_gpu_is_named_as_its_driver_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
