@@ -5,6 +5,7 @@ torch, transformers and peft are imported by the first request that computes: ``
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -48,6 +49,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Engine"]
 
+_log = logging.getLogger(__name__)
+
 _PROGRESS_S = 0.5
 """Least time between two progress replies of a request."""
 _ALIVE_S = 60.0
@@ -69,7 +72,9 @@ class Engine:
         self._deliver = deliver
         self._enforce = enforce
         self._resident: Resident | None = None
-        self._interrupted = threading.Event()
+        self._counting = threading.Lock()
+        self._accepted = self._handled = self._ended = 0
+        """Requests received, begun, and received before the last interrupt: it ends these."""
         self._told = self._heard = 0.0
         self._said = Progress(id=0, stage="loading", done=0, total=1)
 
@@ -80,11 +85,13 @@ class Engine:
 
     def accept(self) -> None:
         """A request was received: an interrupt before it was not meant for it."""
-        self._interrupted.clear()
+        with self._counting:
+            self._accepted += 1
 
     def interrupt(self) -> None:
-        """Ends the current request within a step; from any thread."""
-        self._interrupted.set()
+        """Ends the current request within a step, and what waits behind it; from any thread."""
+        with self._counting:
+            self._ended = max(self._accepted, self._handled)
 
     def unload(self) -> None:
         """Lets go of the model. What the process keeps of its memory is the allocator's affair."""
@@ -94,6 +101,7 @@ class Engine:
 
     def handle(self, request: TrainerRequest) -> None:
         """Answers a request; never raises."""
+        self._handled += 1
         self._told, self._heard = 0.0, time.monotonic()
         self._said = Progress(id=getattr(request, "id", 0), stage="loading", done=0, total=1)
         failure: Failed | None = None
@@ -109,7 +117,10 @@ class Engine:
                 self._resident.recover()
             else:
                 trim()
-            self._deliver(failure)
+            try:
+                self._deliver(failure)
+            except Exception:  # the host's own fault, which must not end the thread that serves it
+                _log.exception("request %d failed, and its host failed to take that", failure.id)
 
     def _answer(self, request: TrainerRequest) -> TrainerReply:
         if isinstance(request, Describe):
@@ -131,7 +142,7 @@ class Engine:
         raise TrainerError(f"no request of kind {type(request).__name__} is known")
 
     def _check(self) -> None:
-        if self._interrupted.is_set():
+        if self._handled <= self._ended:
             raise InterruptError
         if time.monotonic() - self._heard >= _ALIVE_S:
             self._heard = time.monotonic()

@@ -437,7 +437,7 @@ def test_interrupt_ends_the_training_and_the_trainer_goes_on(
     bench.trainer.close()
     done: list[TrainerReply] = []
     seen = threading.Event()
-    ended = threading.Event()
+    ended = threading.Semaphore(0)
 
     def deliver(reply: TrainerReply) -> None:
         if isinstance(reply, Progress):
@@ -445,7 +445,9 @@ def test_interrupt_ends_the_training_and_the_trainer_goes_on(
                 seen.set()
         else:
             done.append(reply)
-            ended.set()
+            ended.release()
+            if isinstance(reply, Failed):
+                raise RuntimeError("the app's own fault")
 
     trainer = InlineTrainer()
     trainer.start(deliver)
@@ -456,17 +458,16 @@ def test_interrupt_ends_the_training_and_the_trainer_goes_on(
     )  # fmt: skip
     trainer.request(request)
     assert seen.wait(60)
-    trainer.interrupt()
-    assert ended.wait(60)
-    assert isinstance(done[0], Failed) and done[0].cause == "interrupted"
-    assert not (tmp_path / "long" / "update.safetensors").exists()
-    ended.clear()
     short = msgspec.structs.replace(
-        request, id=6, candidate=msgspec.structs.replace(request.candidate, steps=2)
-    )
-    trainer.request(short)
-    assert ended.wait(60)
-    assert isinstance(done[1], Trained)
+        request, id=6, candidate=msgspec.structs.replace(request.candidate, steps=2),
+        folder=str(tmp_path / "short"),
+    )  # fmt: skip
+    trainer.interrupt()
+    trainer.request(short)  # at once: the interrupt is of what came before it
+    assert ended.acquire(timeout=60) and ended.acquire(timeout=60)
+    assert isinstance(done[0], Failed) and done[0].cause == "interrupted" and done[0].id == 5
+    assert not (tmp_path / "long" / "update.safetensors").exists()
+    assert isinstance(done[1], Trained) and done[1].id == 6
     trainer.close()
 
 
