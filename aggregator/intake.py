@@ -103,8 +103,10 @@ class Intake:
             return
         refusal = check_announce(announce, self._claim(row, announce))
         if refusal is not None:
-            self._uploads.forget(device)
-            self._rounds.participations.on_refused(announce, refusal)
+            # What is half received of another object goes on, and still counts.
+            self._uploads.forget_object(device, announce.object)
+            if row is None or row.state != "sending" or row.object == announce.object:
+                self._rounds.participations.on_refused(announce, refusal)
             self._refuse(refusal)
             return
         upload = self._uploads[device]

@@ -17,7 +17,7 @@ from edge_sdk.protocol.base import Record
 from edge_sdk.protocol.frames import HEADER_BYTES, Chunk, transfer_id
 from edge_sdk.protocol.wire import Announce, Have
 from edge_sdk.transport.objects import ObjectStore
-from edge_sdk.transport.receiving import ObjectReceiver
+from edge_sdk.transport.receiving import ObjectReceiver, drop_partial
 from edge_sdk.transport.sending import ObjectSender
 
 __all__ = ["Downloads", "Ledger", "Upload", "Uploads"]
@@ -143,6 +143,14 @@ class Uploads:
         if upload is not None:
             upload.receiver.discard()
         shutil.rmtree(self._folder / device, ignore_errors=True)
+
+    def forget_object(self, device: str, digest: str) -> None:
+        """As ``forget``, of this object alone: what was received of another one stays."""
+        upload = self._uploads.get(device)
+        if upload is not None and upload.announce.object == digest:
+            self.forget(device)
+        else:
+            drop_partial(self._folder / device, digest)
 
     def keep_only(self, devices: set[str]) -> None:
         """Removes the partial files of all other devices: of rounds that are over."""

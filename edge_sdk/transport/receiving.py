@@ -19,7 +19,7 @@ from edge_sdk.protocol.wire import Have
 from edge_sdk.transport.chunks import chunk_count, ranges_of
 from edge_sdk.transport.objects import ObjectStore, sync_folder
 
-__all__ = ["ObjectReceiver", "sweep_partials"]
+__all__ = ["ObjectReceiver", "drop_partial", "sweep_partials"]
 
 _HEADER = struct.Struct("<4sIQQ")
 _MAGIC = b"HAV1"
@@ -205,8 +205,7 @@ class ObjectReceiver:
         """Forgets everything received."""
         self._unsynced.clear()
         self.close()
-        self._have_path.unlink(missing_ok=True)
-        self._part_path.unlink(missing_ok=True)
+        drop_partial(self._folder, self.digest)
 
     def close(self) -> None:
         """Lets go of the files; ``open`` goes on where it stopped."""
@@ -219,6 +218,12 @@ class ObjectReceiver:
 
     def _length(self, index: int) -> int:
         return min(self.chunk_bytes, self.size - index * self.chunk_bytes)
+
+
+def drop_partial(folder: Path, digest: str) -> None:
+    """Removes the partial files of one object."""
+    for suffix in (_HAVE, _PART):
+        (folder / f"{digest}{suffix}").unlink(missing_ok=True)
 
 
 def sweep_partials(folder: Path, keep: set[str]) -> list[str]:

@@ -65,6 +65,44 @@ def test_announces_refused_before_any_byte(
     assert device.sender is None
 
 
+def test_a_refused_announce_leaves_what_came_of_another_object(world: World) -> None:
+    world.open()
+    device = world.device(frames_left=2)
+    world.pump()
+    announce = device.announce
+    assert announce is not None and announce.bytes > 2048
+    for stray in (replace(announce, bytes=300_000_000), replace(announce, round=7)):
+        device.say(replace(stray, object="0" * 64))
+    world.pump()
+    assert [refusal.reason for refusal in device.refusals] == ["size", "round"]
+    device.frames_left = None
+    assert device.sender is not None
+    device.sender.mark_lost()
+    device.send_announce()
+    world.pump()
+    assert [receipt.round for receipt in device.receipts] == [1, 2]
+    assert device.receipts[0].duplicate_bytes == 0
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_refused_announce_removes_what_came_of_its_object(world: World, restarted: bool) -> None:
+    world.open()
+    device = world.device(frames_left=2)
+    world.pump()
+    assert device.announce is not None
+    partials = world.folder / "state" / "partials" / "one"
+    assert any(partials.iterdir())
+    device.announce = replace(device.announce, samples=10_000)
+    if restarted:
+        world.kill()
+        world.open()
+    else:
+        device.send_announce()
+    world.pump()
+    assert [refusal.reason for refusal in device.refusals] == ["samples"]
+    assert not partials.is_dir() or not any(partials.iterdir())
+
+
 def test_what_could_be_drawn_is_not_what_a_device_has(world: World) -> None:
     """A device of three rows draws each of them many times, and weighs as three."""
     _, refusal = refused(world, samples=3, alter_announce=lambda a: replace(a, samples=40))
