@@ -43,6 +43,8 @@ class BaseFiles(Protocol):
 
     def find_base(self, path: str) -> Path: ...
 
+    def check_whole(self, folder: Path) -> None: ...
+
     def fingerprint_of(
         self,
         folder: Path,

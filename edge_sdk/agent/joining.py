@@ -138,7 +138,7 @@ class Joining:
         if self.fingerprint is None:
             base = self._find_base()
             if base is None:
-                # A hub id that is not on this disk: the trainer fetches it.
+                # A hub id that is not whole on this disk: the trainer fetches it.
                 if may_start and not desk.busy:
                     self._ask_describe(run)
                 return self._due
@@ -187,15 +187,20 @@ class Joining:
             self._learn()
 
     def _find_base(self) -> Path | None:
+        """None: a hub id of which files are missing, or may be: the trainer is at it."""
         if self._found is not None:
             return self._found
-        path = self._context.config.base.path
-        try:
-            return self._context.base_files.find_base(path)
-        except BaseModelError:
-            if Path(path).is_absolute() or self.described is not None:
-                raise
+        path, files = self._context.config.base.path, self._context.base_files
+        if Path(path).is_absolute():
+            return files.find_base(path)
+        if self._context.desk.busy:
             return None
+        try:
+            base = files.find_base(path)
+            files.check_whole(base)
+        except BaseModelError:
+            return None
+        return base
 
     def _check(self, run: Run, base: Path) -> bool:
         """Compares fingerprints, and only then makes this run the one that the record is about.

@@ -21,6 +21,7 @@ from edge_sdk.protocol.model import Fingerprint, LoraShape
 __all__ = [
     "base_digest",
     "chat_template",
+    "check_whole",
     "find_base",
     "fingerprint_of",
     "tokenizer_digest",
@@ -131,6 +132,12 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     )
 
 
+def check_whole(folder: Path) -> None:
+    """Raises BaseModelError where weights or tokenizer are missing, as while a base is being fetched."""
+    weight_files(folder)
+    _tokenizer_files(folder)
+
+
 def base_digest(folder: Path, cache: Path | None = None) -> Digest:
     """sha256 of the unquantized base, the same for one file or many shards.
 
@@ -173,17 +180,7 @@ def tokenizer_digest(folder: Path) -> Digest:
 
     Raises BaseModelError where there is no tokenizer.
     """
-    whole = folder / "tokenizer.json"
-    files = (
-        [whole]
-        if whole.is_file()
-        else [folder / name for name in _VOCABULARY_FILES if (folder / name).is_file()]
-    )
-    if not any(file.name not in ("added_tokens.json", "special_tokens_map.json") for file in files):
-        raise BaseModelError(
-            f"base model {folder}: has no tokenizer (tokenizer.json, vocab.txt, spiece.model, ...)",
-            "copy the tokenizer's files next to config.json",
-        )
+    files = _tokenizer_files(folder)
     settings = folder / "tokenizer_config.json"
     config = _json(settings) if settings.is_file() else {}
     hasher = hashlib.sha256()
@@ -286,6 +283,21 @@ def _digest(files: Sequence[Path]) -> Digest:
         for stream in streams.values():
             stream.close()
     return hasher.hexdigest()
+
+
+def _tokenizer_files(folder: Path) -> list[Path]:
+    whole = folder / "tokenizer.json"
+    files = (
+        [whole]
+        if whole.is_file()
+        else [folder / name for name in _VOCABULARY_FILES if (folder / name).is_file()]
+    )
+    if not any(file.name not in ("added_tokens.json", "special_tokens_map.json") for file in files):
+        raise BaseModelError(
+            f"base model {folder}: has no tokenizer (tokenizer.json, vocab.txt, spiece.model, ...)",
+            "copy the tokenizer's files next to config.json",
+        )
+    return files
 
 
 def _stamps(files: Sequence[Path]) -> str:

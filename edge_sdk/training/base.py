@@ -9,7 +9,7 @@ from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
-from edge_sdk.data.base_files import find_base, weight_files
+from edge_sdk.data.base_files import check_whole, find_base
 from edge_sdk.errors import BaseModelError
 
 __all__ = ["compute_device", "gpu_uuid", "local_base"]
@@ -26,7 +26,7 @@ def local_base(base: str, check: Callable[[], None] = lambda: None) -> Path:
     try:
         folder = find_base(base)
         if not Path(base).expanduser().exists():
-            weight_files(folder)  # a fetch that was cut short leaves a folder without them
+            check_whole(folder)  # a fetch that was cut short leaves a folder without its weights
     except BaseModelError as missing:
         if Path(base).expanduser().is_absolute() or base.startswith((".", "~")) or base.count("/") > 1:
             raise

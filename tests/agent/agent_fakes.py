@@ -207,6 +207,8 @@ class FakeBase:
     def find_base(self, path_or_hub_id: str) -> Path:
         return Path("/base")
 
+    def check_whole(self, folder: Path) -> None: ...
+
     def fingerprint_of(
         self, folder: Path, *, labels: Sequence[str], task: str, max_length: int, template: str,
         lora: LoraShape, cache: Path | None = None,

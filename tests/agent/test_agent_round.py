@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from agent_fakes import FIT, LORA, PRINT, SHAPE, FakeBase, World, a_candidate, a_run, answer, version_object
 from msgspec.structs import replace
 
 from edge_sdk.agent.inbox import ExportRequest, GateChanged, Pause, Resume
+from edge_sdk.config.agent import BaseSection
+from edge_sdk.data.base_files import check_whole, find_base
 from edge_sdk.errors import BaseModelError, DataError, FingerprintError, MechanismError, StateError
 from edge_sdk.planning.cost import peak_mb
+from edge_sdk.protocol.model import Fingerprint
 from edge_sdk.protocol.spec import TrainSpec
-from edge_sdk.protocol.trainer import Describe, Probe, Progress, Trained
+from edge_sdk.protocol.trainer import Describe, Probe, Progress, Trained, TrainerRequest
 from edge_sdk.protocol.wire import Announce, Choice, Decline, Have, Presence, Receipt, Refusal, Status
 from edge_sdk.transport.memory import MemoryTransport
 
@@ -281,6 +285,57 @@ def test_another_fingerprint_is_refused_here(world: World) -> None:
     assert isinstance(world.core.error, FingerprintError)
     assert "base" in world.core.error.message and "max_length" in world.core.error.message
     assert not world.aggregator.got(Status) and world.core.done
+
+
+class Cached(FakeBase):
+    """The hub's cache as it is, of what has no fingerprint before it is whole."""
+
+    find_base = staticmethod(find_base)
+    check_whole = staticmethod(check_whole)
+
+    def fingerprint_of(self, folder: Path, **facts: Any) -> Fingerprint:  # type: ignore[override]
+        check_whole(folder)
+        return super().fingerprint_of(folder, **facts)
+
+
+def test_a_hub_id_of_which_files_are_missing_is_fetched_and_waited_for(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(world.folder / "hub"))
+    snapshot = world.folder / "hub" / "models--org--tiny" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    world.config, world.base = replace(world.config, base=BaseSection(path="org/tiny")), Cached()
+    asked: list[TrainerRequest] = []
+    request, world.trainer.request = world.trainer.request, asked.append  # type: ignore[method-assign]
+    joined(world)
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (snapshot / name).write_text("{}")
+        world.settle(70.0)
+        assert world.core.error is None and world.core.joining.fingerprint is None
+    (describe,) = asked
+    assert isinstance(describe, Describe) and describe.setup.base == "org/tiny"
+    world.trainer.request = request  # type: ignore[method-assign]
+    world.trainer.reply(replace(answer(describe), base=str(snapshot)))
+    world.settle()
+    assert world.core.joining.ready and world.core.error is None
+
+
+@pytest.mark.parametrize("there", ["tokenizer.json", "model.safetensors"])
+def test_a_fetch_that_an_earlier_agent_left_half_is_gone_on_with(
+    world: World, monkeypatch: pytest.MonkeyPatch, there: str
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(world.folder / "hub"))
+    snapshot = world.folder / "hub" / "models--org--tiny" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    for name in ("config.json", there):
+        (snapshot / name).write_text("{}")
+    world.config, world.base = replace(world.config, base=BaseSection(path="org/tiny")), Cached()
+    asked: list[TrainerRequest] = []
+    world.trainer.request = asked.append  # type: ignore[method-assign]
+    joined(world)
+    (describe,) = asked
+    assert isinstance(describe, Describe) and describe.setup.base == "org/tiny"
+    assert world.core.error is None
 
 
 def test_a_task_that_is_not_known_is_refused_by_name(world: World) -> None:

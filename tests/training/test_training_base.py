@@ -36,13 +36,18 @@ def hub(monkeypatch: pytest.MonkeyPatch, fetch: Any) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(snapshot_download=fetch))
 
 
-def test_a_fetch_that_was_cut_short_goes_on(snapshot: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("there", ["tokenizer.json", "model.safetensors"])
+def test_a_fetch_that_was_cut_short_goes_on(
+    there: str, snapshot: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (snapshot / there).write_bytes(b"")
     asked = []
 
     def fetch(hub_id: str, *, allow_patterns: list[str]) -> str:
         asked.append(hub_id)
         assert "*.bin" not in allow_patterns
-        (snapshot / "model.safetensors").write_bytes(b"")
+        for name in ("tokenizer.json", "model.safetensors"):
+            (snapshot / name).write_bytes(b"")
         return str(snapshot)
 
     hub(monkeypatch, fetch)
