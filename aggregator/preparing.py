@@ -14,7 +14,7 @@ from aggregator.methods.base import Method
 from aggregator.state.base import RunRow, Store
 from edge_sdk.clock import Clock
 from edge_sdk.config.run import MergeSection, RunConfig
-from edge_sdk.data.base_files import find_base, fingerprint_of
+from edge_sdk.data.base_files import check_whole, find_base, fingerprint_of
 from edge_sdk.errors import BaseModelError, FingerprintError, StateError
 from edge_sdk.faults import reached
 from edge_sdk.protocol.model import Fingerprint, LoraShape, ModelShape
@@ -69,14 +69,16 @@ def begin_run(
 
     Raises BaseModelError for a base on this disk that is none.
     """
-    wanted = config.base.path
+    wanted, known = config.base.path, None
     try:
-        wanted = str(find_base(wanted))
-        known = run_fingerprint(config, Path(wanted), cache)
+        found = find_base(wanted)
+        check_whole(found)
     except BaseModelError:
         if Path(wanted).is_absolute():
             raise
-        known = None  # a hub id that is not on this disk: the trainer fetches it
+        # A hub id that is not, or not whole, on this disk: the trainer fetches it.
+    else:
+        wanted, known = str(found), run_fingerprint(config, found, cache)
 
     def described(reply: Described | Failed | Died) -> None:
         if not isinstance(reply, Described):

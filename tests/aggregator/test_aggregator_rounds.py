@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -293,6 +294,28 @@ def test_a_hub_id_that_is_not_on_this_disk_is_fetched_by_the_trainer(
     server.close()
     with pytest.raises(BaseModelError):
         World(world.folder / "other").open(base=RunBaseSection(path=str(world.folder / "nowhere")))
+
+
+@pytest.mark.parametrize("there", ["tokenizer.json", "model.safetensors"])
+def test_a_hub_id_whose_fetch_was_cut_short_is_fetched_on_by_the_trainer(
+    world: World, monkeypatch: pytest.MonkeyPatch, there: str
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(world.folder / "hub"))
+    snapshot = world.folder / "hub" / "models--someone--a-model" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    whole = Path(world.config.base.path)
+    for name in ("config.json", there):
+        (snapshot / name).write_bytes((whole / name).read_bytes())
+    server = world.open(auto=False, base=RunBaseSection(path="someone/a-model"))
+    assert isinstance(world.trainer.pending, Describe)
+    assert world.trainer.pending.setup.base == "someone/a-model"
+    shutil.copytree(whole, snapshot, dirs_exist_ok=True)
+    world.trainer.fetched = str(snapshot)
+    world.trainer.finish()
+    world.pump()
+    row = store_of(world).run("demo")
+    assert row is not None and row.base_folder == str(snapshot) and server.error is None
+    server.close()
 
 
 def test_other_mathematics_are_refused_by_name(world: World) -> None:
