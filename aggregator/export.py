@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,8 @@ __all__ = ["Origin", "export_merged", "export_peft"]
 
 _WHOLE = ("fp32", "bf16", "fp16")
 _MOST_NAMED = 50
+_INTERRUPT_S = 30.0
+"""How long the trainer may take to end an export that is not wanted any more, and to remove what it wrote."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +108,8 @@ def export_merged(
 ) -> Path:
     """Writes base and version as one transformers model, in a trainer process of its own.
 
-    Raises MechanismError where the base is held in so few bits that there is nothing to fold into, and what
-    the trainer failed with.
+    After Ctrl-C it waits until the trainer has removed what it wrote so far. Raises MechanismError where the
+    base is held in so few bits that there is nothing to fold into, and what the trainer failed with.
     """
     held, _ = config.trainer.base_held()
     if held not in _WHOLE:
@@ -134,7 +138,12 @@ def export_merged(
                     card="\n".join(origin.lines(run)),
                 )
             )
-            return _answer(replies)
+            try:
+                return _answer(replies)
+            except KeyboardInterrupt:
+                host.interrupt()
+                _await_end(replies)
+                raise
         finally:
             host.close()
 
@@ -148,6 +157,13 @@ def _answer(replies: queue.SimpleQueue[TrainerReply]) -> Path:
             raise failure(reply)
         if not isinstance(reply, Progress):
             raise TrainerError(f"the trainer answered an export with {type(reply).__name__}")
+
+
+def _await_end(replies: queue.SimpleQueue[TrainerReply]) -> None:
+    until = time.monotonic() + _INTERRUPT_S
+    with contextlib.suppress(queue.Empty):
+        while isinstance(replies.get(timeout=max(0.0, until - time.monotonic())), Progress):
+            pass
 
 
 def _process(folder: Path, config: RunConfig) -> TrainerHost:

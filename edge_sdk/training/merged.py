@@ -7,10 +7,8 @@ run's merge rule folded into the base, where it does.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import struct
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +21,7 @@ from edge_sdk.errors import BaseModelError, ContainerError
 from edge_sdk.protocol.model import LoraModule, LoraShape, ModelShape
 from edge_sdk.training.model.building import build_empty, read_config
 from edge_sdk.training.model.checkpoint import Checkpoint, Entry, assign_names
-from edge_sdk.updates.peft import replace_folder
+from edge_sdk.updates.folders import replacing
 from edge_sdk.updates.versions import VersionChain
 
 __all__ = ["write_merged"]
@@ -71,9 +69,7 @@ def write_merged(
     config = read_config(base, labels, task)
     net, _ = build_empty(config, base, task)
     places = list(_places(net, checkpoint, shape))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
+    with replacing(folder) as building:
         _copy(base, building)
         if labels:
             config.id2label = dict(enumerate(labels))
@@ -83,14 +79,6 @@ def write_merged(
         config.save_pretrained(building)
         (building / "README.md").write_text(_card(str(base), type(net).__name__, task, card))
         _write(building / "model.safetensors", places, version, lora, check)
-        building.chmod(0o755)
-        for path in building.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        replace_folder(building, folder)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
     return folder
 
 

@@ -8,10 +8,7 @@ then stand in the config's patterns.
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +17,10 @@ from safetensors.numpy import save_file
 from edge_sdk.errors import ContainerError
 from edge_sdk.protocol.model import LoraShape, ModelShape
 from edge_sdk.updates.codecs import Floats
+from edge_sdk.updates.folders import replacing
 from edge_sdk.updates.keys import Adapter, lora_keys, part_sizes
 
-__all__ = ["replace_folder", "write_peft"]
+__all__ = ["write_peft"]
 
 _PEFT_TASKS = {"classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
 
@@ -44,39 +42,14 @@ def write_peft(
     Raises ContainerError for an adapter that is not whole.
     """
     tensors = _tensors(adapter, shape, lora)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
+    with replacing(folder) as building:
         save_file(tensors, building / "adapter_model.safetensors", metadata={"format": "pt"})
         config = json.dumps(_config(shape, lora, base, task, adapter), indent=2, sort_keys=True)
         (building / "adapter_config.json").write_text(config + "\n")
         if labels:
             (building / "labels.json").write_text(json.dumps(list(labels), indent=2) + "\n")
         (building / "README.md").write_text(_card(lora, base, labels, task, card))
-        building.chmod(0o755)
-        for path in building.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        replace_folder(building, folder)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
     return folder
-
-
-def replace_folder(building: Path, folder: Path) -> None:
-    """Puts ``building`` in the place of ``folder``, which may be there already."""
-    if not folder.exists():
-        building.replace(folder)
-        return
-    old = building.with_name(building.name + ".old")
-    folder.replace(old)
-    try:
-        building.replace(folder)
-    except OSError:
-        old.replace(folder)
-        raise
-    shutil.rmtree(old)
 
 
 def _tensors(adapter: Adapter, shape: ModelShape, lora: LoraShape) -> dict[str, Floats]:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import queue
+import threading
+
 import msgspec
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from updates_fakes import FINGERPRINT, LORA, SHAPE, moved
 
-from aggregator.export import Origin, export_peft
+from aggregator import export
+from aggregator.export import Origin, export_merged, export_peft
+from edge_sdk.config.run import RunBaseSection, RunConfig, RunSection
 from edge_sdk.errors import ContainerError
 from edge_sdk.protocol.model import Fingerprint
 from edge_sdk.protocol.spec import TrainSpec
+from edge_sdk.protocol.trainer import Failed, Progress
 from edge_sdk.protocol.wire import Run
 from edge_sdk.updates.initial import initial_adapter
 from edge_sdk.updates.keys import all_keys
@@ -63,3 +69,56 @@ def test_a_version_of_another_run_is_not_exported(tmp_path):
     with pytest.raises(ContainerError, match="serves only the run that made it"):
         export_peft(tmp_path / "adapter", versions, other, base="some/base", origin=ORIGIN)
     assert not (tmp_path / "adapter").exists()
+
+
+class Interrupted(queue.SimpleQueue):
+    """Ctrl-C comes while the first reply is waited for."""
+
+    pressed = False
+
+    def get(self, *args, **kwargs):
+        if not self.pressed:
+            self.pressed = True
+            raise KeyboardInterrupt
+        return super().get(*args, **kwargs)
+
+
+class Host:
+    """A trainer at an export, which it ends soon after an interrupt, or not."""
+
+    def __init__(self, heeds):
+        self.heeds, self.did = heeds, []
+
+    def start(self, deliver):
+        self.deliver = deliver
+
+    def request(self, request):
+        self.did.append("request")
+
+    def interrupt(self):
+        self.did.append("interrupt")
+        self.deliver(Progress(id=1, stage="loading", done=0, total=1))
+        if self.heeds:
+            threading.Timer(0.05, self.end).start()
+
+    def end(self):
+        self.did.append("cleaned")
+        self.deliver(Failed(id=1, cause="interrupted", message="interrupted"))
+
+    def close(self):
+        self.did.append("close")
+
+
+@pytest.mark.parametrize("heeds", [True, False])
+def test_ctrl_c_lets_the_trainer_remove_what_it_wrote(heeds, tmp_path, monkeypatch):
+    monkeypatch.setattr(export.queue, "SimpleQueue", Interrupted)
+    if not heeds:
+        monkeypatch.setattr(export, "_INTERRUPT_S", 0.05)
+    host = Host(heeds)
+    config = RunConfig(
+        run=RunSection(name="paint", labels=RUN.labels, state_dir=str(tmp_path)),
+        base=RunBaseSection(path="some/base"),
+    )
+    with pytest.raises(KeyboardInterrupt):
+        export_merged(tmp_path / "out", [], RUN, base="some/base", origin=ORIGIN, config=config, trainer=host)
+    assert host.did == ["request", "interrupt", *["cleaned"] * heeds, "close"]

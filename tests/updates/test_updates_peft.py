@@ -13,6 +13,7 @@ from updates_fakes import LORA, SHAPE, moved
 
 from edge_sdk.errors import ContainerError
 from edge_sdk.protocol.model import DensePart, LoraModule, ModelShape
+from edge_sdk.updates.folders import replacing
 from edge_sdk.updates.initial import initial_adapter
 from edge_sdk.updates.keys import tuned_keys
 from edge_sdk.updates.peft import write_peft
@@ -128,6 +129,24 @@ def test_it_replaces_an_older_folder_and_leaves_nothing_beside_it(tmp_path):
     card = (folder / "README.md").read_text()
     assert "after 3 rounds" in card and "red, green, blue" in card and '"some/base"' in card
     assert json.loads((folder / "labels.json").read_text()) == list(LABELS)
+
+
+def test_what_killed_exports_left_goes_with_the_next_one(tmp_path):
+    adapter, whole = initial_adapter(SHAPE, LORA, 0), tmp_path / ".adapter.unfinished-dddddddd.old"
+    kept = [tmp_path / name for name in (".adapter.settings", ".other.unfinished-aaaaaaaa", "adapter-2")]
+    for folder in (*kept, whole, tmp_path / ".adapter.unfinished-bbbbbbbb"):
+        folder.mkdir()
+        (folder / "model.safetensors").touch()
+    with pytest.raises(RuntimeError), replacing(tmp_path / "adapter") as building:
+        (building / "half").touch()
+        with replacing(tmp_path / "adapter"):  # another one at the same time: it is let be
+            assert (building / "half").exists() and whole.exists()
+            raise RuntimeError
+    assert {*tmp_path.iterdir()} == {*kept, whole}
+    export(tmp_path / "adapter", adapter)
+    assert whole.exists(), "until there is another one that is whole, it was the only one"
+    export(tmp_path / "adapter", adapter)
+    assert {*tmp_path.iterdir()} == {*kept, tmp_path / "adapter"}
 
 
 def test_the_config_names_no_module_outside_the_layers(tmp_path):
