@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from aggregator.planner.lessons import Lessons
 from edge_sdk.planning.choice import fits_memory, unpredictable
 from edge_sdk.planning.cost import peak_mb, round_time, update_bytes, version_bytes
+from edge_sdk.planning.frontier import fewest
 from edge_sdk.planning.memory import BITS, RECOMPUTE
 from edge_sdk.protocol.base_plan import BASE_WORDS
 from edge_sdk.protocol.measure import Fit
@@ -174,14 +174,9 @@ class DeviceCosts:
     def least_quantized(self, depth: int, way: Way | None = None) -> int | None:
         """a_min(d): the fewest quantized layers with which the depth fits; None: it does not fit.
 
-        Each more of them needs less; the first may need more than none, as quantizing takes room too.
+        A fit made of some probes only may know the plain form, or the mix, and not all of them quantized.
         """
-        if self.fits(depth, 0, way):
-            return 0
-        if not self.fits(depth, depth, way):
-            # A fit made of some probes only may know the plain form, or the mix, and not this one.
-            return next((a for a in range(1, depth) if self.fits(depth, a, way)), None)
-        return 1 + bisect_left(range(1, depth + 1), True, key=lambda a: self.fits(depth, a, way))
+        return fewest(depth, lambda quantized: self.fits(depth, quantized, way))
 
     def most_quantized(self, depth: int) -> int:
         """All of the layers, or none where quantizing is not possible or not known."""

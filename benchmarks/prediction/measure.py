@@ -25,7 +25,7 @@ from edge_sdk.training.memory import Meter
 from edge_sdk.training.probing import probe
 from edge_sdk.training.resident import Resident
 
-__all__ = ["run"]
+__all__ = ["run", "write_tokenizer"]
 
 _STEPS = 3
 
@@ -35,7 +35,7 @@ def run(what: Mapping[str, Any]) -> None:
     logging.disable(logging.WARNING)
     with tempfile.TemporaryDirectory(prefix="edge-prediction-") as folder:
         base = write_base(Path(folder) / "base", what["shape"])
-        _write_tokenizer(base)
+        write_tokenizer(base)
         gc.collect()
         task = "causal-lm" if what["shape"].get("causal") else "classification"
         spec = TrainSpec()
@@ -62,7 +62,7 @@ def run(what: Mapping[str, Any]) -> None:
                     )
 
 
-def _write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path) -> None:
     """A trainer does not load without one; nothing is tokenized here."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel

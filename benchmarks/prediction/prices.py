@@ -3,8 +3,8 @@
 ``python -m benchmarks.prediction.prices`` writes it; with ``--show`` it prints what it measured beside what
 is shipped, and writes nothing. Most prices are the least of many short repeats of that thing alone, so that
 they need no quiet machine. The others are of a whole model that computes next to nothing, trained by the
-trainer's own loop: what a layer's call takes besides its arithmetic, and what a process holds besides the
-base; or of settings of moderate size: what the heap holds beyond what is counted.
+trainer's own loop, which tells what a layer's call takes besides its arithmetic; of settings of moderate
+size, which tell what the heap holds beyond what is counted; and of a trainer's own process at rest.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import math
 import random
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -25,11 +26,15 @@ import msgspec
 from benchmarks.prediction.run import drawn, setting_of
 from benchmarks.processes import emit, measure
 from benchmarks.results import machine
+from edge_sdk.agent.process_trainer import ProcessTrainer
 from edge_sdk.planning.cost import peak_mb
 from edge_sdk.planning.fitting import estimate
 from edge_sdk.planning.shapes import held_base_bytes
 from edge_sdk.planning.work import Prices, counts, prices
 from edge_sdk.protocol.model import LoraShape, ModelShape
+from edge_sdk.protocol.spec import TrainSpec
+from edge_sdk.protocol.trainer import Describe, Described, Setup
+from examples.demo.asking import Asker
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -40,7 +45,8 @@ __all__ = ["main", "run"]
 
 FOLDER = Path(__file__).parent
 DATA = FOLDER.parents[1] / "edge_sdk" / "planning" / "prices.toml"
-OF_SMALL = ("seconds.call", "seconds.tuned", "process_mb")
+OF_SMALL = ("seconds.call", "seconds.tuned")
+_OTHERWISE = {"fixed_mb": "settings", "process_mb": "process"}
 
 
 def least(work: Callable[[], Any], repeats: int) -> float:
@@ -122,13 +128,12 @@ def small_settings(layers: int) -> list[dict[str, Any]]:
 
 
 def of_small(rows: list[dict[str, Any]], lora: LoraShape, known: Prices) -> dict[str, float]:
-    """``seconds.call``, ``seconds.tuned`` and ``process_mb`` from visits of the small settings.
+    """``seconds.call`` and ``seconds.tuned`` from visits of the small settings.
 
     A step of depth d over L layers takes, beyond what its counted work costs at the ``known`` prices,
     L · call + d · tuned: two depths tell both. Each is the least of its repeats, and not below 0.
     """
-    told = next(row for row in rows if row["kind"] == "shape")
-    shape = msgspec.convert(told["shape"], ModelShape)
+    shape = msgspec.convert(next(row["shape"] for row in rows if row["kind"] == "shape"), ModelShape)
     beyond: dict[int, float] = {}
     for row in rows:
         if row["kind"] != "visit":
@@ -142,8 +147,27 @@ def of_small(rows: list[dict[str, Any]], lora: LoraShape, known: Prices) -> dict
     return {
         "seconds.call": 1e9 * max(0.0, (beyond[1] - tuned) / shape.layers),
         "seconds.tuned": 1e9 * tuned,
-        "process_mb": told["rest_mb"] - held_base_bytes(shape, "fp32") / 1e6,
     }
+
+
+def process_mb(small: dict[str, Any], threads: int) -> float:
+    """MB that a trainer's own process holds at rest besides the base."""
+    from benchmarks.models import write_base
+    from benchmarks.prediction.measure import write_tokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        base = write_base(Path(folder) / "base", small)
+        write_tokenizer(base)
+        setup = Setup(
+            base=str(base), task="classification", labels=("a", "b"), max_length=8, micro_batch=1,
+            lora=LoraShape(rank=8), spec=TrainSpec(), threads=threads,
+        )  # fmt: skip
+        asker = Asker(ProcessTrainer(Path(folder) / "trainer", allocator="glibc"))
+        try:
+            told = asker.ask(lambda id: Describe(id=id, setup=setup), Described)
+        finally:
+            asker.close()
+    return told.rest_mb - held_base_bytes(told.shape, "fp32") / 1e6
 
 
 def beyond_counted(rows: list[dict[str, Any]], lora: LoraShape, known: Prices) -> list[float]:
@@ -177,7 +201,7 @@ def measured(whole: dict[str, Any]) -> dict[str, float]:
     }  # fmt: skip
     rows = list(measure("benchmarks.prediction.measure", what, threads=threads, allocator="glibc"))
     known = replace(prices(), seconds={**prices().seconds, **alone["seconds"]})
-    found |= of_small(rows, lora, known)
+    found |= of_small(rows, lora, known) | {"process_mb": process_mb(small, threads)}
     beyond: list[float] = []
     draw = random.Random(config["seed"])
     for name, shape in whole["models"].items():
@@ -212,7 +236,7 @@ def as_toml(found: Mapping[str, float], about: Mapping[str, Any], threads: int, 
     sections: dict[str, list[str]] = {}
     for place, value in found.items():
         section, _, name = place.rpartition(".")
-        source = "small-steps" if place in OF_SMALL else "settings" if place == "fixed_mb" else "alone"
+        source = "small-steps" if place in OF_SMALL else _OTHERWISE.get(place, "alone")
         sections.setdefault(section, []).append(f'{name} = {{ value = {value:.4g}, source = "{source}" }}')
     lines += sections.pop("")
     for section, members in sections.items():
@@ -222,6 +246,7 @@ def as_toml(found: Mapping[str, float], about: Mapping[str, Any], threads: int, 
     by = "benchmarks/prediction/prices.py, "
     for name, how in (("alone", f"each thing alone, the least of {repeats} repeats"),
                       ("small-steps", "small steps of a whole model"),
+                      ("process", "a trainer's process with a small base at rest"),
                       ("settings", "median beyond what is counted, of drawn settings")):  # fmt: skip
         lines += ["", f"[sources.{name}]", 'how = "measured"', f'by = "{by}{how}"', f'date = "{today}"',
                   f'on = "{on}"']  # fmt: skip

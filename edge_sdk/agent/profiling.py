@@ -89,7 +89,9 @@ def _asked(
     section = TrainerSection() if config is None else config.trainer
     replies: queue.SimpleQueue[TrainerReply] = queue.SimpleQueue()
     with tempfile.TemporaryDirectory(prefix="edge-profile-") as folder:
-        host = trainer or ProcessTrainer(Path(folder), allocator=section.allocator)
+        host = trainer or ProcessTrainer(
+            Path(folder), allocator="auto" if config is None else config.allocator()
+        )
         host.start(replies.put)
         try:
             host.request(Measure(id=1, threads=section.threads, seconds=_COMPUTE_S, until=until))

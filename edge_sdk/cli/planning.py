@@ -35,6 +35,11 @@ _WAYS = {
 _SHOWN = "outputs, 8 bits"
 """What FedQuad trains with: its frontier is shown whole."""
 
+_HEAP = (
+    "as under limits.memory_mb, where the trainer's heap holds what its tensors take; without that limit the "
+    "quicker allocator may hold half more"
+)
+
 _ACHIEVED = 0.25
 """Of an accelerator's stated peak, what training reaches. An assumption: a probe replaces it."""
 _MOST_BYTES = 4 << 20
@@ -121,6 +126,7 @@ def show_plan(asked: Asked, *, as_json: bool) -> None:
         "rest_mb": round(rest_mb, 1),
         "rest_source": _rest(room, board),
         "budget_mb": round(budget_mb, 1),
+        "heap": _HEAP,
         "gflops": gflops,
         "time_source": paced,
         "least_mb": round(_least_mb(fit, shape, lora, reference), 1),
@@ -245,6 +251,7 @@ def _lines(told: dict[str, Any], board: DeviceClass | None, asked: Asked) -> lis
         f"memory    {told['memory_mb']:.0f} MB: {told['memory_source']}",
         f"at rest   {told['rest_mb']:.0f} MB: {told['rest_source']}",
         f"to train  {told['budget_mb']:.0f} MB, of which predictions fill nine tenths",
+        f"heap      {told['heap']}",
         f"time      {told['time_source']}",
     ]
     if board is not None and board.runs_agent != "native":

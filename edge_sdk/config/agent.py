@@ -134,6 +134,7 @@ class AgentConfig(Record, frozen=True, kw_only=True):
     gates: GatesSection = GatesSection()
 
     def allocator(self) -> str:
-        """``trainer.allocator``, with ``auto`` settled where there is a memory limit."""
-        named = self.trainer.allocator
-        return "glibc" if named == "auto" and self.limits.memory_mb is not None else named
+        """``trainer.allocator``, with ``auto`` settled where there is a limit on a processor's memory."""
+        named, limited = self.trainer.allocator, self.limits.memory_mb is not None
+        on_gpu = self.trainer.device.startswith("cuda")
+        return "glibc" if named == "auto" and limited and not on_gpu else named

@@ -67,11 +67,12 @@ def fit_cost(
     kernel: str = "fbgemm",
     threads: int = 0,
     machine: str = "",
+    heap: float = 1.0,
 ) -> Fit:
     """The cost model of a device from what it measured; its figures are of ``reference``, whatever its depth.
 
     A kind of setting that was not probed is as it was counted; ``choice.unpredictable`` keeps it from being
-    chosen.
+    chosen. ``heap``: what the allocator is expected to hold for a byte of tensors, where probes do not tell.
 
     Raises:
         TrainerError: no point at all, or one that is not finite.
@@ -87,7 +88,7 @@ def fit_cost(
                 f"the probe at depth {point.depth} with {point.quantized_layers} quantized layers "
                 f"measured {point.peak_mb} MB and {point.step_s} s"
             )
-    scales = _memory(points, shape, lora, reference)
+    scales = _memory(points, shape, lora, reference, heap)
     paces = _time(points, shape, lora, reference, kernel)
     return replace(
         _figures(shape, lora, reference, scales, paces, kernel),
@@ -99,10 +100,20 @@ def fit_cost(
 
 
 def estimate(
-    shape: ModelShape, lora: LoraShape, reference: Setting, *, pace: float = 1.0, kernel: str = "fbgemm"
+    shape: ModelShape,
+    lora: LoraShape,
+    reference: Setting,
+    *,
+    pace: float = 1.0,
+    kernel: str = "fbgemm",
+    heap: float = 1.0,
 ) -> Fit:
-    """What is counted, with nothing measured. ``pace``: seconds here for one on the machine of the prices."""
-    scales = Scales(1.0, 1.0, 1.0, 1.0, prices().fixed_mb)
+    """What is counted, with nothing measured.
+
+    ``pace``: seconds here for one on the machine of the prices. ``heap``: as in ``fit_cost``; 1 is what a
+    trainer under a memory limit holds.
+    """
+    scales = Scales(heap, heap, heap, heap, prices().fixed_mb)
     return _figures(shape, lora, reference, scales, (pace,) * _PACES, kernel)
 
 
@@ -143,14 +154,16 @@ def _figures(
     )
 
 
-def _memory(points: Sequence[ProbePoint], shape: ModelShape, lora: LoraShape, reference: Setting) -> Scales:
+def _memory(
+    points: Sequence[ProbePoint], shape: ModelShape, lora: LoraShape, reference: Setting, heap: float
+) -> Scales:
     fixed = prices().fixed_mb
-    scales = Scales(1.0, 1.0, 1.0, 1.0, fixed)
+    scales = Scales(heap, heap, heap, heap, fixed)
     found = [(p, phases(shape, lora, setting_of(p, reference))) for p in points if p.peak_mb > 0]
     prior = [tuple(_MEMORY_PRIOR * (place == column) for column in range(5)) for place in range(4)]
     prior.append((0.0, 0.0, _ROOMS_PRIOR, -_ROOMS_PRIOR, 0.0))
     prior.append((0.0, 0.0, 0.0, 0.0, _FIXED_PRIOR / _SPREAD_MB))
-    wanted = [_MEMORY_PRIOR] * 4 + [0.0, _FIXED_PRIOR * (fixed + _BELOW_MB) / _SPREAD_MB]
+    wanted = [_MEMORY_PRIOR * heap] * 4 + [0.0, _FIXED_PRIOR * (fixed + _BELOW_MB) / _SPREAD_MB]
     for _ in range(_ROUNDS):
         rows: list[tuple[float, ...]] = []
         values: list[float] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from msgspec.structs import replace
@@ -13,7 +14,7 @@ from edge_sdk.protocol.measure import Fit
 from edge_sdk.protocol.model import LoraShape, ModelShape
 from edge_sdk.protocol.spec import Setting
 
-__all__ = ["Point", "Round", "frontier", "least_quantized"]
+__all__ = ["Point", "Round", "fewest", "frontier", "least_quantized"]
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,20 @@ def least_quantized(
         wanted = replace(setting, quantized_layers=quantized)
         return fits_memory(peak_mb(fit, shape, lora, wanted), budget_mb)
 
+    return fewest(setting.depth, fits)
+
+
+def fewest(depth: int, fits: Callable[[int], bool]) -> int | None:
+    """The fewest quantized layers of a depth that fit; None where no number does.
+
+    Each more of them needs less, but for two: the first may need more than none, as quantizing takes room
+    too, and so may the last, as the room of a plain layer is then not enough.
+    """
     if fits(0):
         return 0
-    if not fits(setting.depth):
-        return None
-    return 1 + bisect_left(range(1, setting.depth + 1), True, key=fits)
+    if not fits(depth):
+        return next((quantized for quantized in range(1, depth) if fits(quantized)), None)
+    return 1 + bisect_left(range(1, depth + 1), True, key=fits)
 
 
 def frontier(

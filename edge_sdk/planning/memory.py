@@ -34,8 +34,10 @@ __all__ = [
     "CHUNK_VALUES",
     "GROUP",
     "KERNEL_BYTES",
+    "LONGER",
     "RECOMPUTE",
     "SCORES",
+    "UNPACKED_BYTES",
     "Counted",
     "Targets",
     "counted",
@@ -58,6 +60,12 @@ LOSS_BYTES = 32 << 20
 
 DECODED_BYTES = 16 << 20
 """Of a weight of a packed base that is made whole at a time, at most."""
+
+UNPACKED_BYTES = 1 << 25
+"""Weights of a feed-forward block in a packed base are made whole once a pass where all of them together take
+no more than this, and each no more than the above; else one at a time, in chunks ``LONGER`` times as long."""
+
+LONGER = 4
 
 AGAIN_BYTES = 1 << 24
 """Queries, keys and values of a layer up to which the attention inside the store unpacks them all, from the
@@ -160,8 +168,8 @@ def kept_values(shape: ModelShape, targets: Targets, recompute: str, length: int
         values += q + 2 * k + q + 2 * shape.heads * length
     elif inside:
         values += q + 2 * k + (targets.out and not again) * q
-    else:
-        values += 4 * q
+    else:  # keys and values are repeated for every head that reads them; a single head is only viewed so
+        values += 2 * q + 2 * (k if k * shape.heads == q else q)
     if recompute == "inner":
         return values
     if again:
@@ -200,7 +208,7 @@ def counted(shape: ModelShape, lora: LoraShape, setting: Setting) -> Counted:
         inner = shape.inner_width
         besides = (2 - targets.down) * unit
         plain_room += rows * size * again + besides
-        packed_room += rows * (size * (again - inner) + per_value * inner) + 1.5 * besides
+        packed_room += rows * (size * (again - inner) + per_value * inner) + besides + targets.down * unit / 2
     decoded = _decoded(shape, setting)
     return Counted(
         plain=rows * (size * wide(recompute, False) + narrow + sums),
@@ -238,7 +246,7 @@ def _rooms(
         # where the second linear's input is kept, it goes before the gradient of the inner values comes
         plain = 3 * unit + more / 2 + (0 if kept_a else inner)
         return plain, 2 * inner + 3 * unit + more + (0 if kept_a and levers.activation_bits == 8 else unit)
-    plain, packed = _block_rooms(shape, targets, levers.recompute, rows, unit)
+    plain, packed = _block_rooms(shape, targets, setting, rows, unit)
     # when attention goes back, what the block had kept is gone
     spent = rows * (h + (0 if levers.recompute == "inner" else shape.inner_width))
     held = 1.0 * rows * size * (shape.query_width + 2 * shape.key_width)
@@ -254,21 +262,27 @@ def _rooms(
 
 
 def _block_rooms(
-    shape: ModelShape, targets: Targets, recompute: str, rows: int, unit: float
+    shape: ModelShape, targets: Targets, setting: Setting, rows: int, unit: float
 ) -> tuple[float, float]:
     """Of the feed-forward block in chunks, which are of like size."""
     at_a_time = max(1, CHUNK_VALUES // shape.inner_width // 64) * 64
+    weight = 4 * shape.hidden * shape.intermediate
+    if setting.base_precision in QUANTIZED_WORDS and (
+        weight > DECODED_BYTES or (2 + shape.gated) * weight > UNPACKED_BYTES
+    ):
+        at_a_time *= LONGER
     chunk = 4.0 * rows * shape.intermediate / -(-rows // at_a_time)
     if shape.gated:
         return 2 * unit + 3 * chunk, 2 * unit + 5 * chunk
-    again, wide = recompute == "inner", 1.5 + targets.down
+    again, wide = setting.levers.recompute == "inner", 1.5 + targets.down
     return (wide - again) * unit + (1 + again) * chunk, (wide - again / 2) * unit + (2 + again) * chunk
 
 
 def _loss_room(shape: ModelShape, rows: int, unit: float) -> float:
     if shape.dense:
         return 0.0
-    return min(LOSS_BYTES, 4.0 * rows * shape.vocabulary) + 3 * unit
+    # what the product of that size takes outside torch was seen in the process alone: a tenth
+    return 1.1 * min(LOSS_BYTES, 4.0 * rows * shape.vocabulary) + 3 * unit
 
 
 def _decoded(shape: ModelShape, setting: Setting) -> float:

@@ -127,6 +127,10 @@ class Worked:
     tuned_s: float
 
 
+_AT_A_TIME = 40.0
+"""Values as wide as the layer that go through elementwise operations, besides those that are remade, where a
+block works in chunks and attention is inside the store: set by 64 settings of four shapes."""
+
 FORWARD = ("linear", "weight", "attention", "element", "lora", "call")
 
 
@@ -175,7 +179,9 @@ def _layer_backward(shape: ModelShape, lora: LoraShape, setting: Setting, one: C
     }
     if recompute in ("outputs", "inner"):
         layer["attention"] += one["attention"]
-        layer["element"] += rows * (shape.intermediate + shape.hidden)
+        layer["element"] += rows * shape.intermediate
+    if recompute != "none":
+        layer["element"] += _AT_A_TIME * rows * shape.hidden
     if recompute == "inner":
         share = shape.inner_width * shape.hidden / shape.linear_weights
         for name in ("linear", "weight"):

@@ -24,6 +24,7 @@ from edge_sdk.protocol.spec import Candidate, Levers, Setting
 from edge_sdk.protocol.trainer import Setup
 from edge_sdk.training.activations.packing import kernel
 from edge_sdk.training.activations.plan import Form
+from edge_sdk.training.allocator import HEAP, allocator_kind
 from edge_sdk.training.failures import MemoryLimitError
 from edge_sdk.training.loop import train
 from edge_sdk.training.memory import Meter, is_out_of_memory
@@ -56,7 +57,9 @@ def probe(
     free = _free_mb(resident)
     limit = min((room for room in (resident.growth_mb(), free) if room is not None), default=None)
     form = Form(levers.activation_bits, levers.activation_rounding)  # type: ignore[arg-type]
-    probing = Probing(resident.model.shape, setup, levers, kernel(resident.device, form), limit, free)
+    probing = Probing(
+        resident.model.shape, setup, levers, kernel(resident.device, form), limit, free, _heap(resident)
+    )
     for stage in range(MAX_SETTINGS):
         wanted = probing.wanted(stage, points)
         if wanted is None:
@@ -78,8 +81,9 @@ def probe(
                 points[index] = replace(
                     wanted,
                     step_s=min(again.step_s, wanted.step_s),
-                    # of a heap in pieces the higher peak is the one to reckon with
-                    peak_mb=max(again.peak_mb, wanted.peak_mb),
+                    # The first pass loads what later trainings find: libraries, and room in the heap. Of a
+                    # heap in pieces the higher peak is the one to reckon with.
+                    peak_mb=again.peak_mb if number == 1 else max(again.peak_mb, wanted.peak_mb),
                 )
     if not points:
         raise MemoryLimitError(
@@ -103,9 +107,10 @@ class Probing:
         kernel: str,
         limit_mb: float | None,
         free_mb: float | None = None,
+        heap: float = 1.0,
     ) -> None:
         self.shape, self.lora, self.kernel = shape, setup.lora, kernel
-        self.limit_mb, self.free_mb = limit_mb, free_mb
+        self.limit_mb, self.free_mb, self.heap = limit_mb, free_mb, heap
         self.reference = Setting(
             depth=1, levers=levers, micro_batch=setup.micro_batch, max_length=setup.max_length,
             factors=setup.spec.factors, optimizer=setup.spec.optimizer, base_precision=setup.base_precision,
@@ -114,7 +119,7 @@ class Probing:
     def fit(self, points: list[ProbePoint], **about: float | int | str) -> Fit:
         return fit_cost(
             points, shape=self.shape, lora=self.lora, reference=self.reference, kernel=self.kernel,
-            **about,  # type: ignore[arg-type]
+            heap=self.heap, **about,  # type: ignore[arg-type]
         )  # fmt: skip
 
     def wanted(self, stage: int, points: list[ProbePoint]) -> ProbePoint | None:
@@ -162,7 +167,14 @@ class Probing:
         return wanted if max(1.0, passed) * counted(wanted) <= _MARGIN * limit else None
 
     def _so_far(self, points: list[ProbePoint]) -> Fit:
-        return self.fit(points, rest_mb=0.0) if points else estimate(self.shape, self.lora, self.reference)
+        if points:
+            return self.fit(points, rest_mb=0.0)
+        return estimate(self.shape, self.lora, self.reference, heap=self.heap)
+
+
+def _heap(resident: Resident) -> float:
+    """What is held for a byte of tensors: CUDA's figures are of the tensors themselves."""
+    return HEAP if resident.device.type == "cpu" and allocator_kind() != "glibc" else 1.0
 
 
 def _free_mb(resident: Resident) -> float | None:

@@ -199,8 +199,11 @@ def test_under_a_memory_limit_glibc_is_the_better_one(tmp_path: Path) -> None:
     assert msgspec.structs.replace(limited, limits=LimitsSection()).allocator() == "auto"
     lines = [Accounting(allocator="glibc", allocator_word="glibc 2.36")]
     there = lambda _: object()  # noqa: E731
-    found = training_findings(tmp_path, TRAINER, "glibc", checkup=lambda _: lines, is_there=there)
-    assert only(list(found), "allocator").level == "ok"
+    for limited, level in ((True, "ok"), (False, "note")):
+        found = training_findings(
+            tmp_path, TRAINER, "glibc", limited=limited, checkup=lambda _: lines, is_there=there
+        )
+        assert only(list(found), "allocator").level == level
 
 
 def test_bitsandbytes_without_its_native_kernels(tmp_path: Path) -> None:

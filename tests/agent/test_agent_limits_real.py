@@ -182,10 +182,10 @@ def test_killed_in_a_memory_cgroup_a_smaller_candidate_is_trained_in_the_same_ro
 def test_a_cut_of_the_benchmark(tmp_path: Path) -> None:
     """All fits; some of it does; the base alone does not. One trainer process, as long as it may live."""
     small = {**CASE, "layers": 3, "hidden": 64, "batch": 8}
-    with closing(ProcessTrainer(tmp_path)) as trainer:
+    with closing(ProcessTrainer(tmp_path, allocator="glibc")) as trainer:
         rows = [
             play({**small, "case": number, "share": share}, CONFIG, trainer, tmp_path / "case")
-            for number, share in enumerate((1.5, 0.6, -0.2))
+            for number, share in enumerate((1.5, 0.45, -0.2))
         ]
     assert [row["how"] for row in rows] == ["trained", "trained", "cannot join"], rows
     assert rows[1]["depth"] < 3 or rows[1]["quantized"], rows[1]

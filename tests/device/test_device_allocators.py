@@ -78,8 +78,18 @@ def test_the_environment_adds_to_what_is_there() -> None:
     }  # fmt: skip
     assert one.environment({})["LD_PRELOAD"] == "/l/libmimalloc.so.3"
     assert Allocator("glibc").environment({"LD_PRELOAD": "/l/own.so"}) == {}
-    assert find_allocator("glibc").environment({"GLIBC_TUNABLES": "mine"}) == {}
-    assert "hugetlb" in find_allocator("glibc").environment({})["GLIBC_TUNABLES"]
+    glibc = find_allocator("glibc")
+    assert glibc.environment({"GLIBC_TUNABLES": "mine"}) == {}
+    preloaded = {"LD_PRELOAD": "/l/own.so:/x/libmimalloc.so.3", "GLIBC_TUNABLES": "mine"}
+    assert glibc.environment(preloaded) == {"LD_PRELOAD": "/l/own.so"}
+
+
+@pytest.mark.parametrize(("size", "found"), [("2097152", True), ("33554432", False), (None, False)])
+def test_only_small_huge_pages_are_asked_for(tmp_path: Path, size: str | None, found: bool) -> None:
+    file = tmp_path / "hpage_pmd_size"
+    if size is not None:
+        file.write_text(size + "\n")
+    assert bool(allocators._glibc_options(file)) == found
 
 
 def test_wheels_come_before_the_system(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,8 @@ from edge_sdk.device.classes import device_class
 from edge_sdk.errors import BaseModelError, ConfigError
 from edge_sdk.planning.cost import peak_mb
 from edge_sdk.planning.fitting import estimate
-from edge_sdk.planning.frontier import Round, frontier
+from edge_sdk.planning.frontier import Round, fewest, frontier
+from edge_sdk.planning.memory import LONGER, counted
 from edge_sdk.planning.shapes import held_base_bytes, shape_of, task_of
 from edge_sdk.planning.work import prices
 from edge_sdk.protocol.model import LoraShape
@@ -137,6 +138,22 @@ def test_every_lever_takes_less_memory_and_fewer_bits_take_less_again() -> None:
         [peak("outputs", 8, base_precision=p) for p in ("nf4", "fp32", "bf16")],
     ):
         assert all(more > less for more, less in pairwise(order)), order
+
+
+def test_where_all_quantized_does_not_fit_a_mix_may() -> None:
+    assert [fewest(4, fits.__contains__) for fits in ({0, 3, 4}, {2, 3, 4}, {2, 3}, {4}, set())] == [
+        0, 2, 2, 4, None,
+    ]  # fmt: skip
+
+
+def test_weights_that_are_unpacked_one_at_a_time_make_longer_chunks() -> None:
+    """Gate, up and down of this shape take 201 MB in fp32: more than are unpacked together."""
+    big = shape_of(LLAMA, lora=LORA)
+    wanted = Setting(depth=1, levers=Levers(recompute="outputs"), micro_batch=64, max_length=512)
+    packed, whole = (counted(big, LORA, replace(wanted, base_precision=word)) for word in ("nf4", "fp32"))
+    decoded = packed.frozen_room - whole.frozen_room
+    chunk = (whole.plain_room - 2 * 4 * 64 * 512 * big.hidden) / 3
+    assert packed.plain_room - whole.plain_room - decoded == pytest.approx(3 * (LONGER - 1) * chunk, rel=0.02)
 
 
 def test_a_frontier_grows_with_memory_and_quantizes_only_where_it_must() -> None:

@@ -48,6 +48,7 @@ def examine(file: Path, *, root: Path = _ROOT, clock: Clock | None = None) -> It
             root,
             TrainerSection() if config is None else config.trainer,
             "auto" if config is None else config.allocator(),
+            limited=config is not None and config.limits.memory_mb is not None,
         )
     if config is None:
         for name in _OF_CONFIG:

@@ -38,6 +38,7 @@ def training_findings(
     trainer: TrainerSection,
     allocator: str = "auto",
     *,
+    limited: bool = False,
     checkup: Checkup = run_checkup,
     is_there: Callable[[str], object | None] = importlib.util.find_spec,
 ) -> Iterator[Finding]:
@@ -68,7 +69,7 @@ def training_findings(
     for line in lines:
         match line:
             case Accounting():
-                yield from _accounting(line, wanted=allocator == "glibc")
+                yield from _accounting(line, limited=limited)
             case Versions():
                 yield from _versions(line, root, trainer)
             case Kernel():
@@ -82,11 +83,11 @@ def training_findings(
                 yield _failed(line, trainer)
 
 
-def _accounting(line: Accounting, *, wanted: bool) -> Iterator[Finding]:
-    if line.allocator == "glibc" and wanted:
+def _accounting(line: Accounting, *, limited: bool) -> Iterator[Finding]:
+    if line.allocator == "glibc" and limited:
         yield Finding(
             id="allocator", level="ok", text=f"the trainer's memory is allocated by {line.allocator_word}, "
-            "as a memory limit or the config wants it: it holds what its tensors take",
+            f"which under a memory limit is the better one: {prices.LIMITED}",
         )  # fmt: skip
     elif line.allocator == "glibc":
         yield Finding(

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from edge_sdk.planning.memory import CHUNK_VALUES
+from edge_sdk.planning.memory import CHUNK_VALUES, LONGER, UNPACKED_BYTES
 from edge_sdk.training.activations.nonlinear import Nonlinear
 from edge_sdk.training.model.linear import LoraLinear, lora_backward, lora_forward
 from edge_sdk.training.precision.weights import BLOCK_BYTES, FrozenWeight
@@ -36,13 +36,6 @@ _LEAST_ROWS = 64
 
 _EVEN = 8
 """Chunks begin at multiples of it."""
-
-_UNPACKED_BYTES = 1 << 25
-"""Weights that are not held in the dtype computed in are unpacked once a pass where all of them together
-take no more than this; else one at a time, in fewer chunks."""
-
-_FEWER = 4
-"""How much longer chunks are in that case."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +111,7 @@ class FeedForward(nn.Module):
 
     def chunks(self, rows: int, weights: _Weights) -> Iterator[slice]:
         """Of like size: products of fewer than a dozen rows go other ways, and give other last bits."""
-        count = -(-rows // (self.chunk_rows * (1 if weights.cheap else _FEWER)))
+        count = -(-rows // (self.chunk_rows * (1 if weights.cheap else LONGER)))
         bounds = [i * rows // count // _EVEN * _EVEN for i in range(count)] + [rows]
         for start, stop in itertools.pairwise(bounds):
             yield slice(start, stop)
@@ -130,7 +123,7 @@ class _Weights:
     def __init__(self, linears: tuple[LoraLinear, ...], dtype: Any) -> None:
         packed = [linear for linear in linears if not _held_as(linear.frozen, dtype)]
         sizes = [linear.in_features * linear.out_features * dtype.itemsize for linear in packed]
-        self.cheap = sum(sizes) <= _UNPACKED_BYTES and all(size <= BLOCK_BYTES for size in sizes)
+        self.cheap = sum(sizes) <= UNPACKED_BYTES and all(size <= BLOCK_BYTES for size in sizes)
         self._unpacked = {id(linear): _Unpacked(linear.frozen, dtype) for linear in packed if self.cheap}
 
     def __call__(self, linear: LoraLinear) -> Any:
