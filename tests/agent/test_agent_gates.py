@@ -351,6 +351,38 @@ def test_a_clock_that_was_ahead_once_holds_the_allowance_for_a_day_at_most(tmp_p
     assert record.newest_day() == "day 2026-03-03" and traffic.used == 1
 
 
+def test_a_device_that_restarts_all_the_time_is_not_held_by_a_wrong_day_for_ever(tmp_path: Path) -> None:
+    record, clock = AgentRecord(tmp_path / "agent.db"), AClock()
+    clock.at("2030-01-01 10:00", 60)
+    Traffic(record, clock, 1.0).count("run-1", bytes_up=1_000_000)
+    for day in ("2026-03-02 23:58", "1970-01-01 00:00", "2026-03-02 23:59", "2026-03-03 00:01"):
+        traffic = Traffic(record, clock, 1.0)
+        clock.at(day, 60)
+        assert traffic.left == 0
+        traffic.count("run-1", bytes_up=10)
+    clock.at("2026-03-03 23:00", 120)
+    assert traffic.tomorrow_s == 3600
+    clock.at("2026-03-04 00:00", 60)
+    assert Traffic(AgentRecord(record.path, read_only=True), clock, 1.0).left == 1_000_000
+    assert Traffic(record, clock, 1.0).left == 1_000_000
+    assert record.newest_day() == "" and record.get("traffic.doubt") is None
+
+
+def test_what_was_counted_before_the_day_was_known_outlives_a_restart(tmp_path: Path) -> None:
+    record, clock = AgentRecord(tmp_path / "agent.db"), AClock()
+    for day in ("2026-03-04 12:00", "2026-03-04 12:01"):
+        clock.at("1970-01-01 00:00", 10)
+        Traffic(record, clock, 1.0).count("run-1", bytes_up=30_000)
+        Traffic(record, clock, 1.0).count("run-1", bytes_down=5_000)
+        clock.at(day, 20)
+        traffic = Traffic(record, clock, 1.0)
+        assert traffic.used == 35_000 * (1 + (day > "2026-03-04 12:00")), "of that day, and once"
+    clock.at("1970-01-01 00:00", 10)
+    Traffic(record, clock, 1.0).count("run-1", bytes_up=7)
+    clock.at("2026-03-05 12:00", 20)
+    assert Traffic(record, clock, 1.0).used == 7
+
+
 # -- real files --------------------------------------------------------------------------------------------
 
 
