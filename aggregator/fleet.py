@@ -147,6 +147,13 @@ class Fleet:
         )
         return self._set(member, wall)
 
+    def offered(self, device: str) -> None:
+        """The device is offered what its last status allows: a failure is judged by that."""
+        member = self[device]
+        if member.status is not None:
+            lessons = member.lessons.after_offer(member.status)
+            self._set(replace(member, lessons=lessons), self._rows[device].seen_at)
+
     def learn(self, rows: Sequence[ParticipationRow], open_s: float) -> None:
         """What a round taught that closed after ``open_s``. In the transaction that closes it, so that every
         round teaches once."""

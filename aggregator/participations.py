@@ -99,6 +99,7 @@ class Participations:
                     builds_on=offer.versions[-1].number,
                 )
             )
+            self._fleet.offered(device)
             self.progress.moved(device)
 
     def count(self, builds_on: int) -> list[ParticipationRow]:

@@ -168,7 +168,7 @@ class DeviceCosts:
         """By measured figures within the budget, and by predicted ones within what did not fail."""
         lessons = self.lessons
         return fits_memory(peak, self.budget_mb) and fits_memory(
-            peak / lessons.memory_factor, lessons.memory_share * self.budget_mb
+            peak / lessons.memory_factor, lessons.held_mb(self.budget_mb)
         )
 
     def least_quantized(self, depth: int, way: Way | None = None) -> int | None:

@@ -11,7 +11,8 @@ Three things are kept apart, as they are corrected in different ways:
   reports more of it.
 
 A device corrects its fit by its own rounds, too, and reports it so. What was learned over its earlier
-predictions is then told over the new ones: nothing counts twice, whichever of the two is heard first.
+predictions is then told over the new ones. What fails is judged by the memory that it was offered for, as the
+device reports less of it from then on. So nothing counts twice, whichever of the two is heard first.
 """
 
 from __future__ import annotations
@@ -67,11 +68,16 @@ class Lessons(Record, frozen=True, kw_only=True):
     time_ratio: Ratio = 1.0
     memory_share: Annotated[float, msgspec.Meta(gt=0.0, le=1.0)] = 1.0
     """Of what may be filled of the memory, the part up to which the device's own predictions held."""
+    share_mb: float = 0.0
+    """The memory that this is a share of; of what is more, too."""
+    offered_mb: float | None = None
+    """The memory that the device reported before its last offer."""
     failures: NotNegative = 0
     """By how many failures that share fell; ``steady``: rounds delivered since the last one."""
     steady: NotNegative = 0
     declined: NotNegative = 0
-    """Declines for memory in a row; ``declined_round`` the last one's round, ``declined_mb`` its budget."""
+    """Declines for memory in a row; ``declined_round`` the last one's round, ``declined_mb`` the budget: that
+    of its offer where a training failed, else what was reported by the round's end."""
     declined_round: NotNegative = 0
     declined_mb: float = 0.0
     corrections: tuple[Correction, ...] = ()
@@ -86,6 +92,10 @@ class Lessons(Record, frozen=True, kw_only=True):
     @property
     def time_factor(self) -> float:
         return max(1.0, self.time_ratio)
+
+    def held_mb(self, budget_mb: float) -> float:
+        """Of a budget, what the device's own predictions held up to; more than the budget: all of it."""
+        return self.memory_share * max(budget_mb, self.share_mb)
 
     def waits(self, round: int, budget_mb: float) -> str:
         """Why the device is not asked in this round; empty: it is."""
@@ -150,6 +160,9 @@ class Lessons(Record, frozen=True, kw_only=True):
 
     # What a round teaches
 
+    def after_offer(self, status: Status) -> Lessons:
+        return msgspec.structs.replace(self, offered_mb=status.memory.budget_mb)
+
     def after_round(
         self, row: ParticipationRow, run: Run, status: Status, open_s: float, *, online: bool
     ) -> Lessons:
@@ -158,12 +171,19 @@ class Lessons(Record, frozen=True, kw_only=True):
         offered = {one.id: one for one in offer.candidates}
         choice = None if row.choice is None else msgspec.json.decode(row.choice, type=Choice)
         taken = None if choice is None else offered.get(choice.candidate.id)
-        budget_mb, learned = status.memory.budget_mb, self
+        reported_mb, learned = status.memory.budget_mb, self
+        budget_mb = reported_mb if self.offered_mb is None else self.offered_mb
         if row.decline is not None:
             decline = msgspec.json.decode(row.decline, type=Decline)
             if decline.reason == "memory":
-                failed = None if choice is None else _predicted_mb(choice.candidate, run, status)
-                learned = learned._declined(row.round, budget_mb, choice, failed)
+                if choice is None:
+                    return learned._declined(row.round, reported_mb)
+                why = (
+                    f"round {row.round}: it ran out of memory with {choice.candidate.id}, the smallest that "
+                    "it could take"
+                )
+                least_mb = (1.0 - STEP_DOWN_MARGIN) * _predicted_mb(choice.candidate, run, status)
+                learned = learned._no_more_than(least_mb, budget_mb, why)._declined(row.round, budget_mb)
             return learned
         if taken is None or choice is None:
             return learned
@@ -185,28 +205,18 @@ class Lessons(Record, frozen=True, kw_only=True):
             )
         return learned
 
-    def _declined(
-        self, round: int, budget_mb: float, choice: Choice | None, failed_mb: float | None
-    ) -> Lessons:
-        learned = self
-        if choice is not None and failed_mb is not None:
-            name = choice.candidate.id
-            why = f"round {round}: it ran out of memory with {name}, the smallest that it could take"
-            learned = self._no_more_than((1.0 - STEP_DOWN_MARGIN) * failed_mb, budget_mb, why)
+    def _declined(self, round: int, budget_mb: float) -> Lessons:
         return msgspec.structs.replace(
-            learned, declined=self.declined + 1, declined_round=round, declined_mb=budget_mb
+            self, declined=self.declined + 1, declined_round=round, declined_mb=budget_mb
         )
 
     def _no_more_than(self, peak_mb: float, budget_mb: float, why: str) -> Lessons:
         """``peak_mb``: by the device's own prediction."""
-        share = (1.0 + 1e-9) * peak_mb / max(MEMORY_SAFETY * budget_mb, 1e-9)
-        return msgspec.structs.replace(
-            self,
-            memory_share=min(self.memory_share, max(share, 0.01)),
-            failures=self.failures + 1,
-            steady=0,
-            why=why,
-        )
+        learned = msgspec.structs.replace(self, failures=self.failures + 1, steady=0, why=why)
+        share = max((1.0 + 1e-9) * peak_mb / max(MEMORY_SAFETY * budget_mb, 1e-9), 0.01)
+        if share * budget_mb >= self.held_mb(budget_mb):
+            return learned
+        return msgspec.structs.replace(learned, memory_share=min(share, 1.0), share_mb=budget_mb)
 
     def _held(self) -> Lessons:
         """After a round that ran out of nothing. What failed once is come to again in small steps."""

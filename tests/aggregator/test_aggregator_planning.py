@@ -13,7 +13,8 @@ from msgspec.structs import replace
 import aggregator.running
 from aggregator.planner.plan import plan_round
 from aggregator.planner.utility import read_utilities
-from edge_sdk.protocol.wire import Announce, Offer
+from edge_sdk.protocol.measure import Memory
+from edge_sdk.protocol.wire import Announce, Choice, Decline, Offer
 
 
 @pytest.fixture
@@ -79,3 +80,24 @@ def test_who_missed_the_deadline_is_slower_in_the_next_round(world: World) -> No
         world.pass_time(1)
     lessons = server._running.fleet["one"].lessons  # type: ignore[union-attr]
     assert lessons.time_ratio == 2.0 and "was not there" in lessons.why
+
+
+@pytest.mark.parametrize("first", ["status", "decline"])
+def test_a_failure_is_judged_by_the_memory_that_was_offered_for(world: World, first: str) -> None:
+    server = world.open(rounds=replace(world.config.rounds, total=3))
+    device = world.device(until="choice")
+    world.pump()
+    choice = device.answer
+    assert isinstance(choice, Choice)
+    peak_mb = choice.candidate.peak_mb
+    declined = Decline(device="one", run=choice.run, round=1, reason="memory", message="out of memory")
+    if first == "decline":
+        device.say(declined)
+        world.pump()
+    device.report(memory=Memory(budget_mb=peak_mb, rest_mb=100))
+    if first == "status":
+        device.say(declined)
+    world.pump()
+    lessons = server._running.fleet["one"].lessons  # type: ignore[union-attr]
+    assert (lessons.declined, lessons.declined_mb, lessons.share_mb) == (1, 100, 100)
+    assert lessons.held_mb(peak_mb) == pytest.approx(peak_mb)

@@ -196,6 +196,34 @@ def test_what_a_device_corrects_itself_does_not_count_twice(first: str) -> None:
     assert lessons.after_status(after) == replace(lessons, **averages(lessons.after_status(after)))
 
 
+@pytest.mark.parametrize("ends", ["declined", "received"])
+@pytest.mark.parametrize("first", ["status", "round"])
+def test_a_failure_counts_once_whichever_is_heard_first(first: str, ends: str) -> None:
+    """The device reports no more memory than what failed needs, before or after its round closes."""
+    before = a_status(fit=a_fit(), budget_mb=150)
+    made = plan(before, Lessons())
+    by_peak = sorted(made.candidates["a"], key=lambda one: one.peak_mb)
+    low = by_peak[1]
+    decline = Decline(device="a", run="r", round=1, reason="memory", message="out of memory")
+    if ends == "declined":
+        row, held = a_row(made, "declined", choice=a_choice(low), decline=decline), 0.9 * low.peak_mb
+        after = a_status(fit=a_fit(), budget_mb=low.peak_mb)
+    else:
+        row, held = received(made, low, attempt=1), low.peak_mb
+        after = a_status(fit=a_fit(), budget_mb=by_peak[-1].peak_mb)
+    lessons = Lessons().after_status(before).after_offer(before)
+    if first == "status":
+        lessons = taught(lessons.after_status(after), row, after)
+    else:
+        lessons = taught(lessons, row, before).after_status(after)
+    assert 0.9 * lessons.held_mb(after.memory.budget_mb) == pytest.approx(held)
+    assert 0.9 * lessons.held_mb(150) == pytest.approx(held), "also when the memory is there again"
+    assert 0.9 * lessons.held_mb(300) == pytest.approx(2 * held)
+    assert (lessons.failures, lessons.declined_mb) == (1, 150 if ends == "declined" else 0)
+    if ends == "received":
+        assert low in plan(after, lessons).candidates["a"]
+
+
 def averages(lessons: Lessons) -> dict[str, Any]:
     return {name: getattr(lessons, name) for name in ("forward_s", "layer_s", "quantize_s", "budget_mb")}
 
