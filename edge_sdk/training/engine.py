@@ -273,11 +273,6 @@ class Engine:
             ),
             prefix=resident.prefix(setup, rows, candidate, request.spec, drawn, Path(request.folder)),
         )
-        if trace.left_out == candidate.steps:
-            raise TrainerError(
-                "the gradients of every step left the range of fp16: nothing was learned",
-                "hold the base in bf16 or fp32 on this device (trainer.base_precision)",
-            )
         files = write_results(request, start, resident.model)
         watch()
         return Trained(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,13 +29,12 @@ _RECENT = 8
 @dataclass
 class Trace:
     """Loss and seconds of every step, the whole training's seconds; share of row visits whose frozen prefix
-    was read rather than computed; steps that moved nothing, their gradients being beyond fp16."""
+    was read rather than computed."""
 
     losses: list[float] = field(default_factory=list)
     step_s: list[float] = field(default_factory=list)
     train_s: float = 0.0
     prefix_read: float = 0.0
-    left_out: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ def train(
     Raises:
         TrainerError: the loss is not finite.
         DataError: a step has nothing to learn.
-        MechanismError: the optimizer does not run here.
+        MechanismError: the optimizer does not run here, or gradients do not fit into fp16.
     """
     started = time.perf_counter()
     trace = Trace()
@@ -90,17 +89,22 @@ def train(
             around.enter_context(prefix.over() if prefix is not None else nullcontext())
             for step in range(candidate.steps):
                 begun = time.perf_counter()
-                loss, tokens = _gradients(model, batches, candidate, task, check, scale, prefix)
-                if loss - loss != 0.0:
-                    raise TrainerError(
-                        f"the loss of step {step + 1} is {loss}", "lower training.learning_rate in run.toml"
-                    )
-                optimizer.step(scale)
+                drawn = [next(batches) for _ in range(candidate.accumulation)]
+                moved = False
+                while not moved:  # again at half the scale, so that a round of few steps learns, too
+                    loss, tokens = _gradients(model, drawn, task, check, scale, prefix)
+                    if loss - loss != 0.0:
+                        raise TrainerError(
+                            f"the loss of step {step + 1} is {loss}",
+                            "lower training.learning_rate in run.toml",
+                        )
+                    moved = optimizer.step(scale)
+                    if prefix is not None and not moved:
+                        prefix.again(sum(len(batch[0]) for batch in drawn))
                 trace.losses.append(loss)
                 trace.step_s.append(time.perf_counter() - begun)
                 report(_done(trace, tokens, candidate.steps))
         check()
-        trace.left_out = optimizer.left_out
     finally:
         if optimizer is not None:
             optimizer.close()
@@ -140,22 +144,19 @@ def _tune(model: TunableModel, candidate: Candidate, spec: TrainSpec) -> Mapping
 
 def _gradients(
     model: TunableModel,
-    batches: Iterator[Batch],
-    candidate: Candidate,
+    drawn: Sequence[Batch],
     task: Task,
     check: Callable[[], None],
     scale: LossScale | None,
     prefix: Prefix | None,
 ) -> tuple[float, int]:
     """Gradients of one step; its loss and tokens."""
-    drawn = [next(batches) for _ in range(candidate.accumulation)]
     count = sum(task.count(batch) for batch in drawn)
     if not count:
         raise DataError("the rows of a step hold no token to learn", "raise training.max_length in run.toml")
     total, tokens = 0.0, 0
-    while drawn:
+    for batch in drawn:
         check()
-        batch = drawn.pop(0)
         if prefix is not None:
             prefix.expect(len(batch[0]))
         loss = task.loss(model, batch, count)

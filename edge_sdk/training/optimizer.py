@@ -50,8 +50,6 @@ class RoundOptimizer:
         self._spec = spec
         self._steps = steps
         self._step = 0
-        self.left_out = 0
-        """Steps whose gradients were not finite."""
         made = [
             {
                 "params": parameters,
@@ -68,21 +66,24 @@ class RoundOptimizer:
         """What the state holds now."""
         return sum(_bytes(value) for state in self._inner.state.values() for value in state.values())
 
-    def step(self, scale: LossScale | None = None) -> None:
+    def step(self, scale: LossScale | None = None) -> bool:
         """Clips, steps at the rate of this step, and clears the gradients.
 
-        ``scale``: of the loss that the gradients are of; a step whose gradients it made infinite is left out.
+        ``scale``: of the loss that the gradients are of. Where it made them infinite nothing moves: False,
+        and the step is to be done again, with the smaller scale.
+
+        Raises MechanismError where no smaller one is left.
         """
-        self._step += 1
-        if scale is None or scale.take_out(self._parameters):
+        finite = scale is None or scale.take_out(self._parameters)
+        if finite:
+            self._step += 1
             torch.nn.utils.clip_grad_norm_(self._parameters, self._spec.clip_norm, foreach=False)
             share = rate_share(self._step, self._spec, self._steps)
             for group, rate in zip(self._inner.param_groups, self._rates, strict=True):
                 group["lr"] = rate * share
             self._inner.step()
-        else:
-            self.left_out += 1
         self._inner.zero_grad(set_to_none=True)
+        return finite
 
     def close(self) -> None:
         """Gives gradients and state back."""
@@ -93,7 +94,7 @@ class RoundOptimizer:
 class LossScale:
     """Keeps gradients within fp16, where they are computed in it: the loss times a power of two.
 
-    Halved when a gradient overflows, doubled after so many steps without. bf16 and fp32 need none.
+    Halved when a gradient overflows, down to 1; doubled after so many steps without. bf16 and fp32 need none.
     """
 
     def __init__(self, value: float = 2.0**14, patience: int = 200) -> None:
@@ -102,15 +103,23 @@ class LossScale:
         self._calm = 0
 
     def take_out(self, parameters: list[Any]) -> bool:
-        """Divides all gradients by the scale; False, and a smaller scale, where one is not finite."""
+        """Divides all gradients by the scale; False, and a smaller scale, where one is not finite.
+
+        Raises MechanismError where that is so at a scale of 1.
+        """
         finite = True
         for parameter in parameters:
             if parameter.grad is not None:
                 parameter.grad.div_(self.value)
                 finite = finite and bool(torch.isfinite(parameter.grad).all())
         self._calm = self._calm + 1 if finite else 0
+        if not finite and self.value <= 1.0:
+            raise MechanismError(
+                "the gradients of a step leave the range of fp16, however small the loss is made",
+                "hold the base in bf16 or fp32 on this device (trainer.base_precision)",
+            )
         if not finite:
-            self.value = max(1.0, self.value / 2.0)
+            self.value /= 2.0
         elif self._calm % self._patience == 0:
             self.value = min(2.0**24, self.value * 2.0)
         return finite

@@ -87,6 +87,10 @@ class Prefix:
         self._expected = torch.from_numpy(self._drawn[self._visited : self._visited + count])
         self._visited += count
 
+    def again(self, count: int) -> None:
+        """The last ``count`` rows expected come once more."""
+        self._visited -= count
+
     @contextmanager
     def over(self) -> Iterator[None]:
         """Within the context expected passes store and reuse; after it nothing is kept."""

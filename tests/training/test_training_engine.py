@@ -487,15 +487,43 @@ def test_loading_is_interrupted_too(bench: Bench, monkeypatch: pytest.MonkeyPatc
     assert bench.describe().samples == 96
 
 
-def test_gradients_beyond_fp16_in_every_step_are_told(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_beyond_fp16_is_done_again_at_half_the_scale(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bench.setup = msgspec.structs.replace(bench.setup, base_precision="fp16")
-    half = {"base_precision": "fp16", "depth": 1, "steps": 2}
+    made: list[LossScale] = []
+
+    def update(name: str, scale: float, prefix_mb: float = 0.0, **candidate: Any) -> bytes:
+        monkeypatch.setattr(loop, "LossScale", lambda: made.append(LossScale(scale)) or made[-1])
+        setup = msgspec.structs.replace(bench.setup, prefix_mb=prefix_mb)
+        reply = bench.train(name, candidate={"base_precision": "fp16", **candidate}, setup=setup)
+        assert isinstance(reply, Trained), reply
+        return Path(reply.update).read_bytes()
+
+    halved = update("halved", 2.0**60, steps=1)
+    assert 1.0 < made[-1].value < 2.0**59
+    assert halved == update("at once", made[-1].value, steps=1), "a round of one step has learned"
+    cached = {"depth": 1, "steps": 8, "accumulation": 2}
+    assert update("cached", 2.0**60, 1.0, **cached) == update("plain", 2.0**60, **cached)
+
+
+def test_gradients_beyond_fp16_at_any_scale_are_told_at_once(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.setup = msgspec.structs.replace(bench.setup, base_precision="fp16")
     bench.describe()
-    assert isinstance(bench.train(candidate=half), Trained)
-    monkeypatch.setattr(loop, "LossScale", lambda: LossScale(2.0**60))
-    reply = bench.train(candidate=half)
-    assert isinstance(reply, Failed) and "range of fp16" in reply.message
-    assert isinstance(bench.train(candidate={**half, "steps": 60}), Trained)  # halved until it fits
+    task = type(bench.trainer._engine._resident.task)  # type: ignore[union-attr]
+    loss_of, tried = task.loss, []
+
+    def overflowing(*args: Any) -> Any:
+        loss = loss_of(*args)
+        loss.register_hook(lambda gradient: tried.append(gradient.item()) or gradient * torch.inf)
+        return loss
+
+    monkeypatch.setattr(task, "loss", overflowing)
+    reply = bench.train(candidate={"base_precision": "fp16", "depth": 1, "steps": 9})
+    assert isinstance(reply, Failed) and reply.cause == "mechanism" and "range of fp16" in reply.message
+    assert tried == [2.0**power for power in range(14, -1, -1)]
 
 
 def test_more_layers_than_there_are_cannot_be_offered(bench: Bench) -> None:

@@ -159,18 +159,24 @@ def test_a_scaled_loss_gives_the_same_step() -> None:
     assert torch.equal(*ends)
 
 
-def test_an_overflow_is_left_out_and_halves_the_scale() -> None:
+def test_an_overflow_moves_nothing_and_halves_the_scale() -> None:
     parameter = torch.nn.Parameter(torch.ones(8))
     optimizer = RoundOptimizer({"dense.b": parameter}, TrainSpec(), steps=9)
     scale = LossScale(1024.0, patience=2)
     parameter.grad = torch.full((8,), float("inf"))
-    optimizer.step(scale)
-    assert scale.value == 512 and bool((parameter == 1).all()) and parameter.grad is None
+    assert not optimizer.step(scale)
+    assert scale.value == 512 and optimizer._step == 0 and bool((parameter == 1).all()) and parameter.grad is None
     for expected in (512, 1024):
         parameter.grad = torch.ones(8)
-        optimizer.step(scale)
+        assert optimizer.step(scale)
         assert scale.value == expected
-    assert bool((parameter < 1).all())
+    assert bool((parameter < 1).all()) and optimizer._step == 2
+    scale.value = 2.0
+    parameter.grad = torch.full((8,), float("nan"))
+    assert not optimizer.step(scale)
+    parameter.grad = torch.full((8,), float("nan"))
+    with pytest.raises(MechanismError, match="range of fp16"):
+        optimizer.step(scale)
 
 
 def test_a_paged_optimizer_is_refused_where_nothing_can_be_paged(monkeypatch: pytest.MonkeyPatch) -> None:
