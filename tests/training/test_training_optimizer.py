@@ -165,7 +165,8 @@ def test_an_overflow_moves_nothing_and_halves_the_scale() -> None:
     scale = LossScale(1024.0, patience=2)
     parameter.grad = torch.full((8,), float("inf"))
     assert not optimizer.step(scale)
-    assert scale.value == 512 and optimizer._step == 0 and bool((parameter == 1).all()) and parameter.grad is None
+    assert (scale.value, optimizer._step) == (512, 0)
+    assert bool((parameter == 1).all()) and parameter.grad is None
     for expected in (512, 1024):
         parameter.grad = torch.ones(8)
         assert optimizer.step(scale)
