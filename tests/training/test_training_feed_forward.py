@@ -176,7 +176,7 @@ def test_half_precision(kind: str, dtype: Any) -> None:
 @pytest.mark.parametrize("once", [True, False])
 def test_packed_weights_are_unpacked_once_where_that_is_cheap(once: bool, monkeypatch: Any) -> None:
     if not once:
-        monkeypatch.setattr("edge_sdk.training.activations.feed_forward._UNPACKED_BYTES", 0)
+        monkeypatch.setattr("edge_sdk.training.activations.feed_forward.UNPACKED_BYTES", 0)
     plain = Plain("gated", weight=Int8.encode)
     block = block_of(plain)
     x, direction = inputs()
