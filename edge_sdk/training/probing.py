@@ -37,7 +37,7 @@ _log = logging.getLogger(__name__)
 MAX_SETTINGS = 5
 _STEPS = 3
 """The first takes its time for what later ones find ready; the least of the others counts, of all passes."""
-_MOST_PASSES = 5
+_MOST_PASSES = 3
 _ENOUGH_S = 12.0
 """After the second pass none begins later than this: few steps of a busy machine tell little."""
 _MARGIN = 0.9
