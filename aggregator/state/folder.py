@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from aggregator.state.base import Store
-from edge_sdk.agent.lock import FolderLock, holder
-from edge_sdk.errors import MissingExtraError, StateError
+from edge_sdk.agent.lock import AGGREGATOR, FolderLock, holder
+from edge_sdk.config.run import RunSection
+from edge_sdk.errors import ConfigError, MissingExtraError, StateError
 from edge_sdk.transport.objects import ObjectStore
 
 __all__ = ["StateFolder", "check_objects", "open_store"]
+
+_DEFAULT = RunSection(name="any").state_dir
 
 
 class StateFolder:
@@ -17,7 +20,7 @@ class StateFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.database = path / "server.sqlite"
+        self.database = path / AGGREGATOR.database
         self.objects = path / "objects"
         self.partials = path / "partials"
         self.work = path / "work"
@@ -29,17 +32,24 @@ class StateFolder:
     def lock(self) -> None:
         """Takes the folder for this process; made by us it is its user's alone.
 
-        Raises StateError where another process has it, or OSError where it cannot be made.
+        Raises StateError where another process has it or it cannot be made, and ConfigError where it is an
+        agent's.
         """
-        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        try:
-            self._lock = FolderLock(self.path)
-        except StateError as error:
-            raise StateError(
-                error.message, "stop that process, or set another run.state_dir in run.toml"
-            ) from error
+        self.check_name()
+        self._lock = FolderLock(self.path, AGGREGATOR)
         for folder in (self.objects, self.partials, self.work):
             folder.mkdir(mode=0o700, exist_ok=True)
+
+    def check_name(self) -> None:
+        """Raises ConfigError where the run began in ``state``, the default before this one."""
+        before = self.path.with_name("state")
+        if self.path.name != _DEFAULT or self.database.is_file():
+            return
+        if (before / AGGREGATOR.database).is_file():
+            raise ConfigError(
+                f"{AGGREGATOR.key}: the default is {_DEFAULT} now, and a run lies in {before}",
+                'set state_dir = "state" under [run] to go on with it',
+            )
 
     def release(self) -> None:
         if self._lock is not None:
@@ -48,11 +58,14 @@ class StateFolder:
 
     def holder(self) -> int | None:
         """The process that works in the folder; None: none does."""
-        return holder(self.path)
+        return holder(self.path, AGGREGATOR)
 
 
 def open_store(folder: StateFolder, *, read_only: bool = False) -> Store:
-    """The store of a state folder. Raises MissingExtraError without SQLAlchemy, StateError for no state."""
+    """The store of a state folder. Raises MissingExtraError without SQLAlchemy, StateError for no state.
+
+    Read only, it raises ConfigError where the state is found under the default's former name.
+    """
     try:
         from aggregator.state.sql import SqlStore, sqlite_url
     except ModuleNotFoundError as error:
@@ -60,6 +73,7 @@ def open_store(folder: StateFolder, *, read_only: bool = False) -> Store:
             f"the aggregator needs {error.name}, which is not installed", "pip install 'edge-sdk[server]'"
         ) from error
     if read_only and not folder.database.is_file():
+        folder.check_name()
         raise StateError(
             f"there is no run in {folder.path} yet", "start it with `edge-aggregator run --config run.toml`"
         )

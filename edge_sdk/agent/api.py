@@ -16,7 +16,7 @@ from edge_sdk.agent.core import Core
 from edge_sdk.agent.desk import Desk
 from edge_sdk.agent.gating import Check
 from edge_sdk.agent.inbox import ExportRequest, GatesAltered, Pause, Resume, Stop
-from edge_sdk.agent.lock import FolderLock
+from edge_sdk.agent.lock import AGENT, FolderLock, check_owner
 from edge_sdk.agent.process_trainer import ProcessTrainer
 from edge_sdk.agent.record import AgentRecord, disk_error
 from edge_sdk.agent.reporting import folder_status
@@ -86,8 +86,8 @@ class Agent:
         """Takes the state folder and begins; returns at once.
 
         Raises DataError or BaseModelError for files that no run can use, StateError when another agent runs
-        on the folder, and BrokerError or CredentialsError for a broker that must not be used. A broker that
-        is merely away is tried again.
+        on the folder, ConfigError when that is an aggregator's, and BrokerError or CredentialsError for a
+        broker that must not be used. A broker that is merely away is tried again.
         """
         if self.running:
             raise StateError("the agent runs already")
@@ -282,9 +282,10 @@ def open_core(
     """An agent's core on its state folder, for who drives it without threads: a simulation, a test.
 
     Neither locks the folder nor connects: ``core.start()`` does the latter. Raises StateError for a folder
-    that cannot be used.
+    that cannot be used, and ConfigError for one that is an aggregator's.
     """
     folder = Path(config.agent.state_dir)
+    check_owner(folder, AGENT)
     record: AgentRecord | None = None
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from edge_sdk.agent.lock import FolderLock, holder
 from edge_sdk.agent.record import AgentRecord
 from edge_sdk.clock import Clock, SystemClock, next_within
 from edge_sdk.config.agent import AgentConfig
-from edge_sdk.errors import EdgeError, ProtocolError, StateError
+from edge_sdk.errors import ConfigError, EdgeError, ProtocolError, StateError
 from edge_sdk.protocol.frames import decode_chunk, is_chunk
 from edge_sdk.protocol.measure import Link
 from edge_sdk.protocol.topics import Topics
@@ -63,7 +63,7 @@ def find_link(
     folder = Path(config.agent.state_dir)
     try:
         lock = FolderLock(folder)
-    except StateError as error:
+    except (StateError, ConfigError) as error:
         pid = holder(folder)
         if pid is None:
             return Found.nothing(error.message)

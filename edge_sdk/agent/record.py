@@ -118,12 +118,12 @@ class Owed(Record, frozen=True, kw_only=True):
     round: NotNegative
 
 
-def disk_error(place: Path, error: OSError | sqlite3.Error) -> StateError:
+def disk_error(place: Path, error: OSError | sqlite3.Error, key: str = "agent.state_dir") -> StateError:
     """What to show where the disk refuses: full, not writable, broken."""
     why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return StateError(
         f"{place} cannot be used: {why}",
-        "free disk space, or set agent.state_dir to a folder that this user may write",
+        f"free disk space, or set {key} to a folder that this user may write",
     )
 
 

@@ -11,7 +11,7 @@ from edge_sdk.agent.budgets import link_now
 from edge_sdk.agent.context import Context
 from edge_sdk.agent.joining import Joining
 from edge_sdk.agent.link import kept_link
-from edge_sdk.agent.lock import holder
+from edge_sdk.agent.lock import AGENT, check_owner, holder
 from edge_sdk.agent.record import AgentRecord, RoundRow, disk_error
 from edge_sdk.agent.rounds import Rounds
 from edge_sdk.agent.traffic import Traffic
@@ -97,8 +97,12 @@ def _whether_ready(aggregator: AggregatorState) -> str:
 
 
 def folder_status(config: AgentConfig, clock: Clock | None = None) -> dict[str, Any]:
-    """The agent as its state folder tells it, whether it runs or not. Raises StateError for a damaged one."""
+    """The agent as its state folder tells it, whether it runs or not.
+
+    Raises StateError for a damaged one, and ConfigError for an aggregator's.
+    """
     folder = Path(config.agent.state_dir)
+    check_owner(folder, AGENT)
     pid = holder(folder)
     status: dict[str, Any] = {
         "device": config.agent.id,

@@ -52,7 +52,7 @@ class RunSection(Record, frozen=True, kw_only=True):
     on the text is learnt; rows of text alone, and chats, have no use for it.
     """
     seed: int = 0
-    state_dir: FolderPath = "state"
+    state_dir: FolderPath = "server-state"
 
     @property
     def row_template(self) -> str:

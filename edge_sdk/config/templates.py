@@ -136,7 +136,8 @@ labels = <LABELS>
 # template = "{text}"      # how a row becomes the model's input; causal-lm: "{prompt}\\n{response}", or what
 #                          # else stands around the two; texts without a prompt, and chats, do without it
 # seed = 0                 # the same seed, config and devices give the same adapter
-# state_dir = "state"      # versions, updates and rounds; a restarted server goes on from here
+# state_dir = "server-state"  # versions, updates and rounds; a restarted server goes on from here; never an
+#                          # agent's folder
 
 [base]
 # folder or hub id; every device needs the same weights

@@ -17,10 +17,11 @@ from agent_fakes import FakeAggregator, FakeBase, FakeMachine, FakeTrainer, Worl
 
 import edge_sdk.agent.api as api
 import edge_sdk.agent.record as api_record
+from edge_sdk.agent import lock as locks
 from edge_sdk.agent.api import Agent
-from edge_sdk.agent.lock import FolderLock, holder
+from edge_sdk.agent.lock import AGENT, AGGREGATOR, FolderLock, Owner, holder
 from edge_sdk.agent.record import AgentRecord
-from edge_sdk.errors import BrokerError, CredentialsError, StateError
+from edge_sdk.errors import BrokerError, ConfigError, CredentialsError, StateError
 from edge_sdk.events import Event
 from edge_sdk.protocol.wire import Choice, Status
 from edge_sdk.transport.base import Connection
@@ -214,6 +215,43 @@ def test_lock_names_the_process(tmp_path: Path) -> None:
     lock.release()
     assert holder(tmp_path) is None
     FolderLock(tmp_path).release()
+
+
+@pytest.mark.parametrize(("first", "second"), [(AGENT, AGGREGATOR), (AGGREGATOR, AGENT)])
+def test_a_folder_is_of_one_kind(
+    tmp_path: Path, first: Owner, second: Owner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = FolderLock(tmp_path, first)
+    assert holder(tmp_path, first) == os.getpid() and holder(tmp_path, second) is None
+    with pytest.raises(ConfigError, match=rf"{second.key}.*of an {first.name}: process {os.getpid()}"):
+        FolderLock(tmp_path, second)
+    assert [one.name for one in tmp_path.iterdir()] == [first.lock], "left as it was"
+    lock.release()
+    (tmp_path / first.database).touch()
+    with pytest.raises(ConfigError, match=f"{first.database} lies in it"):
+        FolderLock(tmp_path, second)
+    (tmp_path / first.database).unlink()
+
+    pids = iter([None, 7])  # who came while this one took its lock
+    monkeypatch.setattr(locks, "holder", lambda folder, owner: next(pids))
+    with pytest.raises(ConfigError, match="process 7"):
+        FolderLock(tmp_path, second)
+    assert holder(tmp_path, second) is None, "and let go of"
+
+
+def test_an_aggregators_folder_is_left_alone(stage: Stage) -> None:
+    folder = Path(stage.config.agent.state_dir)
+    (folder / "objects").mkdir(parents=True)
+    accepted = folder / "objects" / ("0" * 64)
+    for file in (accepted, folder / AGGREGATOR.database):
+        file.write_text("accepted")
+    agent = stage.agent()
+    with pytest.raises(ConfigError, match=r"agent\.state_dir"):
+        agent.start()
+    with pytest.raises(ConfigError, match=r"agent\.state_dir"):
+        agent.status()
+    assert accepted.read_text() == "accepted"
+    assert sorted(one.name for one in folder.iterdir()) == ["objects", AGGREGATOR.database]
 
 
 def test_a_damaged_or_newer_state_file(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from edge_sdk.agent.doctor.files import file_findings
 from edge_sdk.agent.doctor.finding import Finding
 from edge_sdk.agent.doctor.machine import machine_findings
 from edge_sdk.agent.doctor.training import training_findings
-from edge_sdk.agent.lock import FolderLock
+from edge_sdk.agent.lock import AGGREGATOR, FolderLock
 from edge_sdk.clock import ManualClock, SystemClock
 from edge_sdk.config.agent import (
     AgentConfig,
@@ -315,6 +315,14 @@ def test_a_state_folder_is_left_as_it_was(tmp_path: Path) -> None:
     lock.release()
     assert found.level == "ok" and str(os.getpid()) in found.text
     assert [one.name for one in (tmp_path / "state").iterdir()] == ["agent.lock"]
+
+
+def test_an_aggregators_state_folder_is_no_agents(tmp_path: Path) -> None:
+    config = config_in(tmp_path)
+    lock = FolderLock(tmp_path / "state", AGGREGATOR)
+    found = only(list(file_findings(config)), "state")
+    lock.release()
+    assert found.exit_code == 64 and "of an aggregator" in found.text and "of its own" in found.fix
 
 
 def test_a_state_folder_that_cannot_be_used(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from aggregator.rounds import Rounds
 from aggregator.running import Running
 from aggregator.state.base import RoundRow, Store
 from edge_sdk.config.run import RunBaseSection, StorageSection
-from edge_sdk.errors import BaseModelError, BrokerError, CredentialsError, StateError
+from edge_sdk.errors import BaseModelError, BrokerError, ConfigError, CredentialsError, StateError
 from edge_sdk.protocol.trainer import Describe, Evaluate, Progress
 from edge_sdk.protocol.wire import Choice, RoundPosition
 from edge_sdk.transport.base import Connection
@@ -110,6 +110,18 @@ def test_same_run_again_only_lingers(world: World) -> None:
     world.pump()
     assert server.done and store_of(world).last_round("demo").number == 2  # type: ignore[union-attr]
     server.close()
+
+
+def test_a_finished_run_waits_for_nobody_who_has_its_last_version(world: World) -> None:
+    server = world.open()
+    device = world.device()
+    world.pump()
+    server.close()
+    device.leave()
+    again = world.open()
+    again.tick()
+    assert again.done and world.last("run.over")["lacking"] == []
+    again.close()
 
 
 def test_more_rounds_go_on(world: World) -> None:
@@ -332,6 +344,27 @@ def test_the_folder_has_one_server(world: World) -> None:
     with pytest.raises(StateError, match="in use"):
         World(world.folder).open()
     server.close()
+
+
+def test_an_agents_folder_is_left_alone(world: World) -> None:
+    folder = world.folder / "state"
+    (folder / "objects").mkdir(parents=True)
+    for name in ("agent.db", "objects/update"):
+        (folder / name).write_text("what it learnt")
+    with pytest.raises(ConfigError, match=r"run\.state_dir.*of an agent"):
+        world.open()
+    found = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+    assert found == ["agent.db", "objects", "objects/update"]
+
+
+def test_a_run_under_the_former_default_is_not_begun_anew(world: World) -> None:
+    world.open().close()
+    renamed = replace(world.config.run, state_dir=str(world.folder / "server-state"))
+    with pytest.raises(ConfigError, match=str(world.folder / "state")) as told:
+        world.open(run=renamed)
+    assert 'state_dir = "state"' in told.value.hint and not (world.folder / "server-state").exists()
+    shutil.rmtree(world.folder / "state")
+    world.open(run=renamed).close()
 
 
 def test_a_state_folder_that_cannot_be_made(world: World) -> None:

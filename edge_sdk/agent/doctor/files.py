@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from edge_sdk.agent.doctor.finding import Finding, of_error
-from edge_sdk.agent.lock import holder
+from edge_sdk.agent.lock import AGENT, check_owner, holder
 from edge_sdk.agent.record import AgentRecord, disk_error
 from edge_sdk.config.agent import AgentConfig
 from edge_sdk.data.base_files import find_base, tokenizer_digest, weight_files
 from edge_sdk.data.rows import check_rows
 from edge_sdk.data.tensor_files import read_header
 from edge_sdk.device.machine import read_profile
-from edge_sdk.errors import BaseModelError, EdgeError, StateError
+from edge_sdk.errors import BaseModelError, ConfigError, EdgeError, StateError
 
 __all__ = ["file_findings"]
 
@@ -35,6 +35,7 @@ def _state(folder: Path) -> Finding:
     while not above.exists() and above != above.parent:
         above = above.parent
     try:
+        check_owner(folder, AGENT)
         if above == folder:
             _try_to_write(folder)
             record = folder / "agent.db"
@@ -44,7 +45,7 @@ def _state(folder: Path) -> Finding:
             raise PermissionError(13, f"{above} lets this user make no folder")
     except OSError as error:
         return of_error("state", disk_error(folder, error))
-    except StateError as error:
+    except (StateError, ConfigError) as error:
         return of_error("state", error)
     pid = holder(folder)
     if pid is not None:
