@@ -175,7 +175,8 @@ class Running:
             self._linger_until = now + self._config.rounds.linger_s
         final = self.rounds.row.version
         took_part = {row.device for row in self._store.participations(self.run.run)}
-        lacking = [device for device in sorted(took_part) if not _holds(self.fleet[device].status, final)]
+        # As it was last heard: who fetched it before a restart need not come again to say so.
+        lacking = [device for device in sorted(took_part) if not _holds(self.fleet.reported(device), final)]
         if lacking and now < self._linger_until:
             return self._linger_until - now
         self.emit("run.over", run=self.run.run, version=final, lacking=lacking)
