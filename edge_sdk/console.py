@@ -14,7 +14,7 @@ import typer
 
 from edge_sdk.errors import ConfigError, EdgeError
 
-__all__ = ["finite", "run_commands", "show_version", "write_config"]
+__all__ = ["counted", "finite", "one_line", "run_commands", "show_version", "write_config"]
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 _NOT_WRITTEN = 74
@@ -33,9 +33,9 @@ def run_commands(app: Callable[[], None]) -> None:
         _let_go_of_stdout()
         sys.exit(_NOT_WRITTEN)
     except EdgeError as error:
-        typer.echo(f"error: {_one_line(error.message)}", err=True)
+        typer.echo(f"error: {one_line(error.message)}", err=True)
         if error.hint:
-            typer.echo(f"hint: {_one_line(error.hint)}", err=True)
+            typer.echo(f"hint: {one_line(error.hint)}", err=True)
         sys.exit(error.exit_code)
 
 
@@ -83,6 +83,12 @@ def write_config(path: Path, text: str, *, name: str, command: str, force: bool,
     typer.echo(told)
 
 
-def _one_line(text: str) -> str:
+def counted(count: int, what: str) -> str:
+    """``1 device``, ``2 devices``."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def one_line(text: str) -> str:
+    """What stands on lines of its own, separated by semicolons."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return "; ".join(lines).replace(":; ", ": ")

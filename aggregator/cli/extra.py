@@ -16,6 +16,6 @@ def need_server_extra() -> None:
     missing = [name for name in _MODULES if find_spec(name) is None]
     if missing:
         raise MissingExtraError(
-            f"the aggregator needs {', '.join(missing)}, which is not installed",
+            f"the aggregator needs what is not installed: {', '.join(missing)}",
             "pip install 'edge-sdk[server]'",
         )

@@ -22,6 +22,7 @@ from aggregator.storage import Storage, read_pause
 from edge_sdk.clock import SystemClock
 from edge_sdk.config.loading import load_run_config
 from edge_sdk.config.run import RunConfig
+from edge_sdk.console import counted
 from edge_sdk.errors import StateError
 from edge_sdk.protocol.wire import Announce, Choice, Decline, Refusal, Status
 
@@ -306,7 +307,7 @@ def _time_words(facts: dict[str, Any]) -> str:
     """Who was asked and what the round waited for; empty before it opened."""
     if facts["wanted"] is None:
         return ""
-    parts = f"{facts['selected']} devices, {facts['selection']}"
+    parts = f"{counted(facts['selected'], 'device')}, {facts['selection']}"
     if facts["schedule"] == "buffered":
         parts += f", buffer of {facts['quorum']}"
     elif facts["quorum"] != facts["selected"]:
@@ -314,7 +315,7 @@ def _time_words(facts: dict[str, Any]) -> str:
     if facts["closed_by"] is not None:
         parts += f", closed by {facts['closed_by']}"
     if facts["merged_late"]:
-        parts += f", {facts['merged_late']} of {facts['merged']} updates late"
+        parts += f", {facts['merged_late']} of {counted(facts['merged'], 'update')} late"
     return f" ({parts})"
 
 
@@ -322,7 +323,7 @@ def _late(one: dict[str, Any]) -> str | None:
     """Where a late update counted, and how many versions after its own."""
     if not one["late"]:
         return None
-    return f"in round {one['counts_in']}, {one['staleness']} versions, weight {one['weight']:.2f}"
+    return f"in round {one['counts_in']}, {counted(one['staleness'], 'version')}, weight {one['weight']:.2f}"
 
 
 def _status(text: str | None, name: str) -> Any:

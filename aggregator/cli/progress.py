@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from edge_sdk.console import counted
 from edge_sdk.events import Event
 
 __all__ = ["Progress", "device_label", "line_of"]
@@ -58,7 +59,7 @@ def _line(name: str, f: Fields) -> str:
         case "run.ready":
             return f"run {f['run']}: method {f['method']}, round {f['round']} of {f['rounds']}"
         case "run.finished":
-            return f"run finished after {f['rounds']} rounds with version {f['version']}"
+            return f"run finished after {counted(f['rounds'], 'round')} with version {f['version']}"
         case "run.over":
             lacking = ", ".join(f["lacking"])
             return f"the final version was not fetched by {lacking}" if lacking else ""
@@ -81,7 +82,7 @@ def _device_line(name: str, f: Fields) -> str:
     match name:
         case "device.joined":
             label = device_label(f["device"], f["device_class"], f["emulated"])
-            return f"{label} joined with {f['samples']} samples" + (
+            return f"{label} joined with {counted(f['samples'], 'sample')}" + (
                 ", insecure link" if f["insecure"] else ""
             )
         case "device.offline":
@@ -89,7 +90,7 @@ def _device_line(name: str, f: Fields) -> str:
         case "device.refused":
             return f"{f['device']} refused ({f['reason']}): {f['message']}"
         case "message.foreign":
-            return f"{f['count']} messages that are no use from {f['device']}: {f['message']}"
+            return f"{counted(f['count'], 'message')} of no use from {f['device']}: {f['message']}"
     return ""
 
 
@@ -99,9 +100,10 @@ def _round_line(name: str, f: Fields) -> str:
         case "round.waiting":
             return f"{head}: waiting for devices, {f['ready']} of {f['needed']} ready"
         case "round.opened":
+            count = len(f["devices"])
             return (
-                f"{head} of {f['rounds']}: {len(f['devices'])} devices build on version {f['version']}, "
-                f"within {f['deadline_s']:.0f} s"
+                f"{head} of {f['rounds']}: {counted(count, 'device')} build{'s' if count == 1 else ''} on "
+                f"version {f['version']}, within {f['deadline_s']:.0f} s"
             )
         case "offer.none":
             return f"{head}: nothing to offer to {f['device']}: {f['reason']}"
@@ -110,7 +112,7 @@ def _round_line(name: str, f: Fields) -> str:
         case "round.choice":
             label = device_label(f["device"], f["device_class"], f["emulated"])
             return (
-                f"{head}: {label} takes depth {f['depth']} with {f['quantized_layers']} quantized layers "
+                f"{head}: {label} takes depth {f['depth']} with {counted(f['quantized_layers'], 'quantized layer')} "
                 f"({f['peak_mb']:.0f} MB, {f['seconds']:.1f} s, {f['bytes_up'] / 1e3:.0f} kB); "
                 f"bound by {f['binding']}" + (f": {f['reason']}" if f["reason"] else "")
             )
@@ -121,7 +123,7 @@ def _round_line(name: str, f: Fields) -> str:
             return gone + (f"; still awaited: {', '.join(f['awaited'])}" if f["awaited"] else "")
         case "round.held":
             return (
-                f"{head}: HELD, its {f['updates']} updates are kept: {f['message']}; "
+                f"{head}: HELD, {counted(f['updates'], 'update')} kept: {f['message']}; "
                 "it is tried again until that is cured"
             )
         case "round.empty":
@@ -151,11 +153,11 @@ def _update_line(name: str, f: Fields) -> str:
                 f"round {f['round']}: set aside what {f['device']} sent: it cannot be merged ({f['message']})"
             )
         case "version.made" if f["round"]:
-            return f"round {f['round']}: merged {f['updates']} updates into version {f['version']}"
+            return f"round {f['round']}: merged {counted(f['updates'], 'update')} into version {f['version']}"
         case "version.evaluated":
             return (
                 f"version {f['version']}: {_score(f)}, loss {f['loss']:.4f} "
-                f"({f['examples']} examples, {f['seconds']:.1f} s)"
+                f"({counted(f['examples'], 'example')}, {f['seconds']:.1f} s)"
             )
         case "version.not_evaluated":
             return f"version {f['version']} was not evaluated: {f['message']}"

@@ -9,6 +9,7 @@ import msgspec
 import typer
 
 from edge_sdk.agent.doctor import Finding, examine, exit_code
+from edge_sdk.console import counted, one_line
 
 __all__ = ["show_findings"]
 
@@ -34,9 +35,9 @@ def show_findings(config: Path, *, as_json: bool) -> None:
 
 def _lines(finding: Finding) -> list[str]:
     mark = "-" if finding.level == "skipped" else finding.level
-    lines = [f"{mark:<8} {finding.id:<{_WIDTH}} {' '.join(finding.text.split())}"]
+    lines = [f"{mark:<8} {finding.id:<{_WIDTH}} {one_line(finding.text)}"]
     if finding.fix and finding.level in ("note", "warning", "error"):
-        lines.append(f"{'':<8} {'':<{_WIDTH}} fix: {' '.join(finding.fix.split())}")
+        lines.append(f"{'':<8} {'':<{_WIDTH}} fix: {one_line(finding.fix)}")
     return lines
 
 
@@ -45,5 +46,5 @@ def _sum(findings: list[Finding]) -> str:
     for level in ("error", "warning", "note"):
         count = sum(finding.level == level for finding in findings)
         if count:
-            counts.append(f"{count} {level}{'s' if count > 1 else ''}")
+            counts.append(counted(count, level))
     return ", ".join(counts) or "nothing to mend"

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 import msgspec
 import typer
 
+from edge_sdk.console import counted
 from edge_sdk.device.classes import DeviceClass, device_classes
 from edge_sdk.device.fleets import Fleet, fleets
 from edge_sdk.device.links import LinkClass, link_classes
@@ -43,7 +44,7 @@ def _class(one: DeviceClass) -> str:
     memory = one.accelerator_memory_mb or one.memory_mb
     runs = {"native": "runs agent", "container": "container", "no": "simulated"}[one.runs_agent]
     count = len(one.power_modes)
-    modes = f"{count} mode{'s' if count > 1 else ''}" if count else ""
+    modes = counted(count, "mode") if count else ""
     return f"{_number(memory, 'MB'):>9}  {runs:<10}  {modes:<7}  {one.title}"
 
 

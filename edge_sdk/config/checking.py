@@ -29,15 +29,19 @@ Rules = Mapping[str, Callable[[Any], Iterable[Problem]]]
 
 
 class Schema(NamedTuple):
-    """A kind of config file: what it holds, how it is called, and who owns it."""
+    """A kind of config file: what it holds, how it is called, who owns it, and which command writes one."""
 
     kind: type[msgspec.Struct]
     name: str
     owner: str
+    init: str
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file. Raises ConfigError where it is missing, unreadable or not TOML."""
+def read_toml(path: Path, init: str) -> dict[str, Any]:
+    """The tables of a TOML file, as the command ``init`` writes them.
+
+    Raises ConfigError where it is missing, unreadable or not TOML.
+    """
     try:
         with path.open("rb") as file:
             read = file.read(_MAX_FILE_BYTES + 1)  # no more of what has no end, as /dev/zero
@@ -45,14 +49,14 @@ def read_toml(path: Path) -> dict[str, Any]:
             raise ConfigError(f"{path}: is above {_MAX_FILE_BYTES >> 20} MiB, so hardly a config file")
         return tomllib.loads(read.decode("utf-8-sig"))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: there is no such file", "`init` writes a commented one") from None
+        raise ConfigError(f"{path}: there is no such file", f"`{init}` writes a commented one") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: is not UTF-8 text (byte {error.start})", "save it as UTF-8") from None
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         # The parser's own text ends in "(at line 3, column 7)".
-        raise ConfigError(f"{path}: is not TOML: {error}", "`init` writes a file to compare with") from None
+        raise ConfigError(f"{path}: is not TOML: {error}", f"`{init}` writes a file to compare with") from None
 
 
 def check(
@@ -63,6 +67,7 @@ def check(
     folder: Path = Path(),
     other: Schema | None = None,
     rules: Rules | None = None,
+    init: str | None = None,
 ) -> _S:
     """The record in ``data``. Raises one ConfigError with every error found.
 
@@ -72,6 +77,7 @@ def check(
         folder: where the file lies; relative paths start there.
         other: the file that a key may belong in instead.
         rules: asked for each section whose values are all right.
+        init: the command that writes such a file.
     """
     walk = _Walk(kind, folder, other)
     plain = walk.table(kind, data, "")
@@ -80,7 +86,7 @@ def check(
         rule = (rules or {}).get(field.encode_name)
         if rule is not None and field.encode_name in plain and field.encode_name not in wrong:
             walk.problems += rule(msgspec.convert(plain[field.encode_name], field.type, strict=True))
-    refuse(file, walk.problems)
+    refuse(file, walk.problems, init)
     return msgspec.convert(plain, kind, strict=True)
 
 

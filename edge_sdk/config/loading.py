@@ -32,8 +32,8 @@ from edge_sdk.errors import ConfigError
 __all__ = ["load_agent_config", "load_run_config"]
 
 _S = TypeVar("_S", bound=msgspec.Struct)
-_AGENT = Schema(AgentConfig, "agent.toml", "the device")
-_RUN = Schema(RunConfig, "run.toml", "the server")
+_AGENT = Schema(AgentConfig, "agent.toml", "the device", "edge-agent init")
+_RUN = Schema(RunConfig, "run.toml", "the server", "edge-aggregator init")
 
 
 def load_agent_config(path: str | Path) -> AgentConfig:
@@ -45,7 +45,7 @@ def load_agent_config(path: str | Path) -> AgentConfig:
         "trainer": _check_trainer,
         "gates": _check_gates,
     }
-    return _load(path, AgentConfig, _RUN, rules)
+    return _load(path, AgentConfig, _AGENT, _RUN, rules)
 
 
 def load_run_config(path: str | Path) -> RunConfig:
@@ -58,12 +58,14 @@ def load_run_config(path: str | Path) -> RunConfig:
         "evaluation": _check_evaluation,
         "trainer": _check_trainer,
     }
-    return _load(path, RunConfig, _AGENT, rules)
+    return _load(path, RunConfig, _RUN, _AGENT, rules)
 
 
-def _load(path: str | Path, kind: type[_S], other: Schema, rules: Rules) -> _S:
+def _load(path: str | Path, kind: type[_S], own: Schema, other: Schema, rules: Rules) -> _S:
     file = Path(path).expanduser()
-    return check(file, read_toml(file), kind, folder=file.absolute().parent, other=other, rules=rules)
+    data = read_toml(file, own.init)
+    folder = file.absolute().parent
+    return check(file, data, kind, folder=folder, other=other, rules=rules, init=own.init)
 
 
 def _check_agent(agent: AgentSection) -> list[Problem]:

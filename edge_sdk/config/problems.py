@@ -22,14 +22,18 @@ class Problem(NamedTuple):
         return f"{self.key}: {self.text} ({self.hint})" if self.hint else f"{self.key}: {self.text}"
 
 
-def refuse(file: object, problems: Sequence[Problem]) -> None:
-    """Raises one ConfigError that holds all ``problems``: one line for one, a line each for several."""
+def refuse(file: object, problems: Sequence[Problem], init: str | None = None) -> None:
+    """Raises one ConfigError that holds all ``problems``: one line for one, a line each for several.
+
+    ``init``: the command that writes such a file.
+    """
     if len(problems) == 1:
         (problem,) = problems
         raise ConfigError(f"{file}: {problem.key}: {problem.text}", problem.hint)
     if problems:
         lines = "".join(f"\n  {problem}" for problem in problems)
-        raise ConfigError(f"{file}: {len(problems)} errors:{lines}", "`init` writes a file to compare with")
+        hint = f"`{init}` writes a file to compare with" if init else ""
+        raise ConfigError(f"{file}: {len(problems)} errors:{lines}", hint)
 
 
 def nearest(word: str, words: Iterable[str]) -> str | None:

@@ -19,6 +19,7 @@ from edge_sdk.errors import DataError
 __all__ = [
     "FORMATS",
     "ChatRow",
+    "Checked",
     "Message",
     "PromptRow",
     "Row",
@@ -137,18 +138,26 @@ def read_samples(source: RowSource) -> Iterator[Sample]:
             yield TextRow(text(source.text), number)
 
 
-def check_rows(source: RowSource) -> None:
+class Checked(NamedTuple):
+    """What a file's rows are, by the columns of its first."""
+
+    kind: type[Row | Sample]
+    """As which they are read: ``Row`` for classification, else for a causal LM."""
+    columns: tuple[str, ...]
+
+
+def check_rows(source: RowSource) -> Checked | None:
     """Reads all rows before the task is known: as labelled ones where the first row has both columns.
 
-    Parquet is left to whoever reads it. Raises as ``read_rows``.
+    Parquet is left to whoever reads it: None. Raises as ``read_rows``.
     """
     path = Path(source.path)
     if not check_file(path):
-        return
+        return None
     first = next(read_fields(path, lambda *_: ()))[1]
     labelled = {source.text, source.label} <= first.keys()
-    for _ in read_rows(source) if labelled else read_samples(source):
-        pass
+    (kind,) = {type(row) for row in (read_rows(source) if labelled else read_samples(source))}
+    return Checked(kind, tuple(first))
 
 
 class _SampleKind:

@@ -300,6 +300,12 @@ def test_files(tmp_path: Path) -> None:
     assert only(found, "data").level == "ok"
     (tmp_path / "rows.jsonl").write_text('{"text": "", "label": "no"}\n')
     assert only(list(file_findings(config)), "data").exit_code == 65
+    (tmp_path / "rows.jsonl").write_text('{"text": "a", "labell": "no"}\n')
+    misspelt = only(list(file_findings(config)), "data")
+    assert misspelt.level == "warning" and "no column 'label'" in misspelt.text
+    assert "columns: text, labell" in misspelt.text and "did you mean 'labell'?" in misspelt.fix
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    assert only(list(file_findings(config)), "data").level == "ok"
     (tmp_path / "base").mkdir()
     (tmp_path / "base/config.json").write_text("{}")
     assert (

@@ -15,6 +15,7 @@ from edge_sdk.agent.doctor import examine, training
 from edge_sdk.agent.doctor.broker import broker_findings
 from edge_sdk.agent.doctor.finding import Finding
 from edge_sdk.agent.lock import FolderLock
+from edge_sdk.cli.doctor import _lines
 from edge_sdk.cli.main import app
 from edge_sdk.clock import ManualClock
 from edge_sdk.config.agent import AgentConfig, AgentSection, BaseSection, DataSection
@@ -150,5 +151,16 @@ def test_without_a_config_the_machine_is_looked_at(
     monkeypatch.setattr(doctor_broker, "MqttTransport", None)
     told = CliRunner().invoke(app, ["doctor", "--config", str(tmp_path / "agent.toml"), "--json"])
     assert told.exit_code == 64
-    levels = {one["id"]: one["level"] for one in json.loads(told.stdout)["findings"]}
+    findings = json.loads(told.stdout)["findings"]
+    assert "`edge-agent init` writes" in findings[0]["fix"]
+    levels = {one["id"]: one["level"] for one in findings}
     assert levels["config"] == "error" and levels["memory"] == "ok" and levels["broker"] == "skipped"
+
+
+def test_several_errors_of_a_config_stand_apart() -> None:
+    lines = "\n  agent.id: is missing\n  limits.memory_gb: is no key of this file"
+    several = Finding(id="config", level="error", text=f"agent.toml: 2 errors:{lines}", exit_code=64)
+    assert _lines(several) == [
+        "error    config         agent.toml: 2 errors: agent.id: is missing; "
+        "limits.memory_gb: is no key of this file"
+    ]

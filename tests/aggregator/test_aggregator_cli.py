@@ -234,7 +234,7 @@ def test_every_event_has_a_line_or_none(world: World) -> None:
         "round 1 of 2: 2 devices build on version 0",
         "bound by none",
         "round 1: garden declined (memory): no",
-        "round 1: merged 1 updates into version 1",
+        "round 1: merged 1 update into version 1",
         "version 1: accuracy",
         "run finished after 2 rounds with version 2",
     ):

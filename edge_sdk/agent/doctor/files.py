@@ -10,8 +10,9 @@ from edge_sdk.agent.doctor.finding import Finding, of_error
 from edge_sdk.agent.lock import AGENT, check_owner, holder
 from edge_sdk.agent.record import AgentRecord, disk_error
 from edge_sdk.config.agent import AgentConfig
+from edge_sdk.config.problems import nearest
 from edge_sdk.data.base_files import find_base, tokenizer_digest, weight_files
-from edge_sdk.data.rows import check_rows
+from edge_sdk.data.rows import Row, TextRow, check_rows
 from edge_sdk.data.tensor_files import read_header
 from edge_sdk.device.machine import read_profile
 from edge_sdk.errors import BaseModelError, ConfigError, EdgeError, StateError
@@ -114,12 +115,26 @@ def _base(config: AgentConfig) -> Finding:
 
 
 def _rows(config: AgentConfig) -> Finding:
+    """An agent may not know its run's task yet: rows that serve one of the two are told of the other."""
+    source = config.data.source()
     try:
-        check_rows(config.data.source())
+        checked = check_rows(source)
     except EdgeError as error:
         return of_error("data", error)
     size = Path(config.data.path).stat().st_size
     told = f"{size / 1e6:.1f} MB" if size >= 100_000 else f"{size / 1e3:.1f} kB"
     parquet = Path(config.data.path).suffix.lower() == ".parquet"
     what = "is there; its rows are read by the trainer" if parquet else "can be read, every row of it"
-    return Finding(id="data", level="ok", text=f"{config.data.path} ({told}) {what}")
+    what = f"{config.data.path} ({told}) {what}"
+    if checked is None or checked.kind is Row:
+        return Finding(id="data", level="ok", text=what)
+    what += f", for a causal LM alone: there is no column {source.label!r} for classification"
+    more = [name for name in checked.columns if name != source.text]
+    if checked.kind is not TextRow or not more:
+        return Finding(id="data", level="ok", text=what)
+    meant = nearest(source.label, more)
+    return Finding(
+        id="data", level="warning", text=f"{what}; columns: {', '.join(checked.columns[:20])}",
+        fix=(f"did you mean {meant!r}? " if meant else "")
+        + "data.label names the column of labels; nothing is to be done where the run is a causal LM's",
+    )  # fmt: skip
