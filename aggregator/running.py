@@ -133,6 +133,7 @@ class Running:
             "run.ready",
             run=run.run,
             method=config.run.method,
+            method_name=method.name,
             round=self.rounds.row.number,
             rounds=config.rounds.total,
             state=self.rounds.row.state,

@@ -57,7 +57,8 @@ def _line(name: str, f: Fields) -> str:
         case "run.preparing":
             return f"run {f['run']}: reading the base model {f['base']}"
         case "run.ready":
-            return f"run {f['run']}: method {f['method']}, round {f['round']} of {f['rounds']}"
+            own = f" ({f['method_name']})" if f["method_name"] != f["method"] else ""
+            return f"run {f['run']}: method {f['method']}{own}, round {f['round']} of {f['rounds']}"
         case "run.finished":
             return f"run finished after {counted(f['rounds'], 'round')} with version {f['version']}"
         case "run.over":
@@ -111,8 +112,9 @@ def _round_line(name: str, f: Fields) -> str:
             return f"{head}: {f['message']}"
         case "round.choice":
             label = device_label(f["device"], f["device_class"], f["emulated"])
+            quantized = counted(f["quantized_layers"], "quantized layer")
             return (
-                f"{head}: {label} takes depth {f['depth']} with {counted(f['quantized_layers'], 'quantized layer')} "
+                f"{head}: {label} takes depth {f['depth']} with {quantized} "
                 f"({f['peak_mb']:.0f} MB, {f['seconds']:.1f} s, {f['bytes_up'] / 1e3:.0f} kB); "
                 f"bound by {f['binding']}" + (f": {f['reason']}" if f["reason"] else "")
             )

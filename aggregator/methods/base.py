@@ -36,7 +36,7 @@ class Method:
     A method of your own is an instance of this class, anywhere: see ``find_method``.
 
     Attributes:
-        name: what ``run.method`` calls it; told in status and summaries.
+        name: its own; told when a run begins, beside what ``run.method`` names it by.
         allocation: which device trains how deep, with how many quantized layers.
         merge: how updates become the next version.
         server_optimizer: how far the adapter goes along the merged change; None: as far as it says.

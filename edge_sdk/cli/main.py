@@ -210,7 +210,8 @@ def plan(
             min=0.001,
             max=LARGEST,
             callback=finite,
-            help="Throughput of the device, as profile measures it.",
+            help="What edge-agent profile tells as fp32_gflops of what trains: cpu.fp32_gflops, say, or "
+            "cuda:0.fp32_gflops.",
         ),
     ] = None,
     task: Annotated[Task | None, typer.Option("--task", help="Else by the config.")] = None,

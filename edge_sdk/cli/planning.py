@@ -43,7 +43,7 @@ _HEAP = (
 _ACHIEVED = 0.25
 """Of an accelerator's stated peak, what training reaches. An assumption: a probe replaces it."""
 _MOST_BYTES = 4 << 20
-_MEASURED = "give --gflops, which edge-agent profile measures"
+_MEASURED = "give --gflops: fp32_gflops of edge-agent profile"
 
 
 @dataclass(frozen=True)

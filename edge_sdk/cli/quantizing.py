@@ -85,6 +85,8 @@ def quantize_base(
         return
     for line in _table(done.plan, base):
         typer.echo(line)
+    if request.budget_bytes is not None and done.plan.bytes_before <= request.budget_bytes:
+        typer.echo(_needless(done.plan))
     if out is not None:
         typer.echo(f'wrote {out}; use it with trainer.base_plan = "{out}"')
 
@@ -152,6 +154,16 @@ def _progress(reply: Progress) -> str:
     if reply.stage == "loading":
         return "loading the base as it is"
     return f"measured {reply.done} of {reply.total} blocks"
+
+
+def _needless(plan: BasePlan) -> str:
+    """Said where the budget allows the base as its checkpoint is. At 16 bits fp32 blocks are halved."""
+    halved = any(block.bytes < block.bytes_before for block in plan.blocks)
+    word = '"fp32", the default,' if halved else '"bf16" or "fp16", as the checkpoint is,'
+    return (
+        f"no plan is needed: with trainer.base_precision = {word} the whole base takes "
+        f"{plan.bytes_before / 1e6:.1f} MB, which the budget allows"
+    )
 
 
 def _table(plan: BasePlan, base: str) -> list[str]:

@@ -56,7 +56,8 @@ def read_toml(path: Path, init: str) -> dict[str, Any]:
         raise ConfigError(f"{path}: is not UTF-8 text (byte {error.start})", "save it as UTF-8") from None
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         # The parser's own text ends in "(at line 3, column 7)".
-        raise ConfigError(f"{path}: is not TOML: {error}", f"`{init}` writes a file to compare with") from None
+        hint = f"`{init}` writes a file to compare with"
+        raise ConfigError(f"{path}: is not TOML: {error}", hint) from None
 
 
 def check(

@@ -26,9 +26,13 @@ from edge_sdk.updates.versions import VersionChain
 
 __all__ = ["write_merged"]
 
-_BESIDE = ("*.json", "*.jinja", "*.txt", "*.model", "bpe.codes")
-"""What of the base's folder goes along: the tokenizer, and what generates with the model."""
-_NOT = ("config.json", "model.safetensors.index.json", "adapter_config.json")
+_BESIDE = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "*.jinja", "chat_template.json", "vocab*", "merges.txt", "bpe.codes", "dict.txt",
+    "*.model", "*.spm", "*.tiktoken", "tekken.json",
+)  # fmt: skip
+"""What of the base's folder goes along: the tokenizer, and what generates with the model. What else lies
+there (other libraries' descriptions of how the base was made or is used) is not true of the merged model."""
 _WORDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 
 
@@ -186,8 +190,7 @@ def _count(shape: tuple[int, ...]) -> int:
 def _copy(base: Path, folder: Path) -> None:
     for pattern in _BESIDE:
         for path in base.glob(pattern):
-            if path.name not in _NOT:
-                shutil.copyfile(path, folder / path.name)
+            shutil.copyfile(path, folder / path.name)
 
 
 def _card(base: str, architecture: str, task: str, more: str) -> str:

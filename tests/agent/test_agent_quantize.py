@@ -11,12 +11,16 @@ from pathlib import Path
 import pytest
 from agent_fakes import PRINT, World
 from msgspec.structs import replace
+from typer.testing import CliRunner
 
+from edge_sdk.cli import quantizing
+from edge_sdk.cli.main import app
 from edge_sdk.config.agent import TrainerSection
 from edge_sdk.config.base_plan import read_plan, write_plan
 from edge_sdk.config.loading import load_agent_config
 from edge_sdk.errors import BaseModelError, ConfigError
 from edge_sdk.protocol.base_plan import BasePlan, BlockPlan
+from edge_sdk.protocol.trainer import BasePlanned
 
 ROOT = str(Path(__file__).parents[2])
 
@@ -80,6 +84,23 @@ def test_a_plan_is_shown_and_written_and_the_config_takes_it(folder: Path) -> No
 
     write_config(folder, 'base_plan = "plan.json"')
     assert load_agent_config(folder / "agent.toml").trainer.base_held() == ("plan", plan)
+
+
+@pytest.mark.parametrize(("size", "word"), [(8, "fp32"), (4, "fp16")])
+def test_a_budget_above_the_whole_base(
+    size: int, word: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    block = BlockPlan(block=0, bits=16, bytes=4, bytes_before=size, salience=1.0, error=0.01)
+    plan = BasePlan(
+        base=PRINT.base, blocks=(block,), method="loss", calibration="rows", objective=0.01,
+        bytes=4_000_000, bytes_before=5_000_000,
+    )  # fmt: skip
+    monkeypatch.setattr(quantizing, "_ask", lambda request, tell: BasePlanned(id=1, plan=plan, seconds=1.0))
+    (tmp_path / "config.json").write_text("{}")
+    for budget, needless in ((5.0, True), (4.9, False)):
+        done = CliRunner().invoke(app, ["quantize-base", "--base", str(tmp_path), "--budget-mb", str(budget)])
+        assert done.exit_code == 0
+        assert ("no plan is needed" in done.stdout) == needless and (f'"{word}"' in done.stdout) == needless
 
 
 def test_options_that_do_not_go_together(tmp_path: Path) -> None:

@@ -55,7 +55,9 @@ def test_it_gives_the_same_logits(family, task, transposed, dtype, tmp_path: Pat
     auto = getattr(transformers, f"AutoModelFor{kind}")
     if dtype != torch.float32:
         auto.from_pretrained(base).to(dtype).save_pretrained(base)
-    (base / "tokenizer.json").write_text("{}")
+    kept, left = ("tokenizer.json", "vocab.txt", "chat_template.jinja"), ("modules.json", "data_config.json")
+    for name in (*kept, *left):
+        (base / name).write_text("{}")
     model = load_model(base, labels, LORA, "cpu", task=task)
     assert model.shape.modules[0].transposed == transposed
     version, held = a_version(tmp_path, model.shape)
@@ -76,7 +78,9 @@ def test_it_gives_the_same_logits(family, task, transposed, dtype, tmp_path: Pat
     assert torch.allclose(told, live, atol=tolerance)
     if plain is not None:
         assert not torch.allclose(told, plain, atol=tolerance)
-    assert (folder / "tokenizer.json").is_file() and "## The run" in (folder / "README.md").read_text()
+    written = {path.name for path in folder.iterdir()} - {"generation_config.json"}
+    assert written == {"README.md", "config.json", "model.safetensors", *kept}
+    assert "## The run" in (folder / "README.md").read_text()
     if labels:
         assert merged.config.id2label == dict(enumerate(labels))
 
