@@ -57,10 +57,11 @@ class Origin:
         if self.loss is not None:
             score += f", loss {self.loss:.4f}"
         named = ", ".join(self.devices[:_MOST_NAMED]) + (", ..." if len(self.devices) > _MOST_NAMED else "")
+        after = "1 round" if self.rounds == 1 else f"{self.rounds} rounds"
         lines = [
             "## The run",
             "",
-            f"- Run `{run.run}`, version {self.number} of {self.versions} after {self.rounds} rounds",
+            f"- Run `{run.run}`, version {self.number} of {self.versions} after {after}",
             f"- Method: {self.method}",
             f"- Devices: {len(self.devices)} ({named})" if self.devices else "- Devices: none yet",
             f"- Held-out {score}",

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any
 
+from edge_sdk.console import counted
 from edge_sdk.events import Event
 
 __all__ = ["Progress"]
@@ -59,7 +60,7 @@ def _line(event: Event) -> str:
             short = f" ({f['dropped']} left out: nothing to learn within max_length)" if f["dropped"] else ""
             base = f", base in {f['base_held']}" if f["base_held"] else ""
             return (
-                f"{f['samples']} rows{short}, trainer on {f['device']} under {f['allocator']} "
+                f"{counted(f['samples'], 'row')}{short}, trainer on {f['device']} under {f['allocator']} "
                 f"holds {f['rest_mb']:.0f} MB at rest{base}"
             )
         case "trainer.probed":

@@ -12,6 +12,7 @@ import typer
 
 from edge_sdk.agent.reporting import folder_status
 from edge_sdk.config.loading import load_agent_config
+from edge_sdk.console import counted
 
 __all__ = ["show_status"]
 
@@ -74,7 +75,7 @@ def _corrections(corrections: list[dict[str, Any]]) -> Iterator[str]:
         kept = f"{levers['activation_bits']} bits" if one["quantized"] else "not quantized"
         yield (
             f"learned   recompute {levers['recompute']}, {kept}: {one['peak']:.2f} times the memory, "
-            f"{one['step']:.2f} times the seconds of the probe ({one['rounds']} rounds)"
+            f"{one['step']:.2f} times the seconds of the probe ({counted(one['rounds'], 'round')})"
         )
 
 
