@@ -6,9 +6,9 @@ Three things are kept apart, as they are corrected in different ways:
   plan. Less memory than the average counts at once;
 - what it measured over what was predicted, as a ratio. A plan multiplies by it where it is above 1: a device
   that is better than it predicts would refuse what is planned for better figures, as it chooses by its own;
-- what failed. A device that stepped down is offered no more than what it then could do; one that ran late is
-  slower from then on; one that declined for memory is left alone for twice as many rounds each time, until it
-  reports more of it.
+- what failed. A device that stepped down is offered no more than what it then could do; one that took longer
+  than the plan aims at is slower from then on; one that declined for memory is left alone for twice as many
+  rounds each time, until it reports more of it.
 
 A device corrects its fit by its own rounds, too, and reports it so. What was learned over its earlier
 predictions is then told over the new ones. What fails is judged by the memory that it was offered for, as the
@@ -232,17 +232,22 @@ class Lessons(Record, frozen=True, kw_only=True):
         self, announce: Announce, run: Run, status: Status, target_s: float | None, upload_s: float | None
     ) -> Lessons:
         """Seconds count from the fit; memory from the device's own prediction, which knows what it kept of
-        the frozen layers' outputs. Whoever ran late is slower at once, whoever was in time on the average."""
+        the frozen layers' outputs. Whoever took longer than the plan's target is slower at once, whoever kept
+        to it on the average."""
         if status.fit is None:
             return self
         measured, one = announce.measured, announce.candidate
         batch_s = step_s(status.fit, run.shape, run.lora, one.setting(run.spec))
         time = _over(measured.train_s, one.steps * one.accumulation * batch_s)
         memory = _over(measured.peak_mb, _predicted_mb(one, run, status))
-        late = target_s is not None and measured.train_s + (upload_s or 0.0) > target_s
+        target_s = float("inf") if target_s is None else target_s
+        late = measured.train_s + (upload_s or 0.0) > target_s
         why = self.why
         if late and time > self.time_ratio:
-            why = f"round {announce.round}: it trained {time:.2f} times as long as predicted, and was late"
+            why = (
+                f"round {announce.round}: it trained {time:.2f} times as long as predicted, and took longer "
+                f"than the {target_s:.1f} s that the plan aims at"
+            )
         return msgspec.structs.replace(
             self,
             rounds=self.rounds + 1,
