@@ -79,6 +79,7 @@ def _find(path_or_hub_id: str) -> Path:
             f"base model {path}: there is no such folder", "set base.path, or copy the model there"
         )
     cache = _hub_cache()
+    local = "set base.path to a folder that holds it, as seen from the config file"
     repository = cache / ("models--" + path_or_hub_id.replace("/", "--"))
     try:
         commit = (repository / "refs" / "main").read_text().strip()
@@ -94,9 +95,10 @@ def _find(path_or_hub_id: str) -> Path:
             "set base.path to one of their folders",
         )
     raise BaseModelError(
-        f'base model "{path_or_hub_id}" is neither a folder ({path.absolute()}) nor in the cache ({cache})',
-        f"fetch it once with `hf download {path_or_hub_id}` (comes with the extra 'train'), "
-        "or set base.path to a folder that holds it",
+        f'base model "{path_or_hub_id}" is neither a folder nor in the cache ({cache})',
+        f"fetch it once with `hf download {path_or_hub_id}` (comes with the extra 'train'), or {local}"
+        if "/" in path_or_hub_id
+        else f"{local}; a hub id to fetch is org/name",
     )
 
 

@@ -282,6 +282,14 @@ def test_a_hub_id_in_the_cache(cache, monkeypatch, tmp_path):
     assert "hf download org/name" in str(caught.value)
 
 
+def test_a_name_that_is_hardly_a_hub_id_is_not_to_be_fetched(cache, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a trainer's folder, say, which is no place to look in
+    with pytest.raises(BaseModelError) as caught:
+        find_base("bse")
+    assert "hf download" not in caught.value.hint and "from the config file" in caught.value.hint
+    assert f"{tmp_path}/bse" not in caught.value.message
+
+
 @pytest.mark.parametrize(
     "name", ["/no/such/folder", "~/none/there", "~no-such-user/x", "../x", "a/b/c", "org/..", ""]
 )
