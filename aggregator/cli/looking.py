@@ -43,7 +43,7 @@ class Look:
 def looking(path: Path) -> Iterator[Look]:
     """Raises ConfigError, or StateError where the run was never started."""
     need_server_extra()
-    config = load_run_config(path)
+    config = load_run_config(path, files=False)
     folder = StateFolder(Path(config.run.state_dir))
     store = open_store(folder, read_only=True)
     try:
@@ -131,6 +131,7 @@ def show_devices(path: Path, *, as_json: bool) -> None:
                 {
                     "device": row.device,
                     "online": row.online and running,
+                    "state": _state(status, row.online and running),
                     "device_class": None if status is None else status.device_class,
                     "emulated": status is not None and status.emulated,
                     "permission": None if status is None else status.permission,
@@ -161,7 +162,7 @@ def show_devices(path: Path, *, as_json: bool) -> None:
             (
                 device_label(row["device"], row["device_class"], row["emulated"]),
                 "yes" if row["online"] else "no",
-                f"{row['permission']}: {row['reason']}" if row["reason"] else row["permission"],
+                row["state"],
                 row["samples"],
                 *((row["plan"] or {}).get(name) for name in ("recommended", "chosen", "binding")),
                 row["bytes_up"] // 1000,
@@ -263,6 +264,14 @@ def show_versions(path: Path, *, pruned: bool, as_json: bool) -> None:
     )
     if len(known) > len(versions):
         typer.echo(f"{len(known) - len(versions)} more were pruned: --all shows how well they did")
+
+
+def _state(status: Status | None, online: bool) -> str | None:
+    """What it may do, and why not; of one that is away, what it said last."""
+    if status is None:
+        return None
+    said = f"{status.permission}: {status.reason}" if status.reason else status.permission
+    return said if online else f"was {said}"
 
 
 def _taking_part(row: ParticipationRow) -> dict[str, Any]:

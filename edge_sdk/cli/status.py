@@ -20,7 +20,7 @@ _SHOWN_ROUNDS = 5
 
 
 def show_status(config: Path, *, as_json: bool) -> None:
-    status = folder_status(load_agent_config(config))
+    status = folder_status(load_agent_config(config, files=False))
     if as_json:
         typer.echo(json.dumps(status))
         return

@@ -69,6 +69,7 @@ def check(
     other: Schema | None = None,
     rules: Rules | None = None,
     init: str | None = None,
+    files: bool = True,
 ) -> _S:
     """The record in ``data``. Raises one ConfigError with every error found.
 
@@ -79,8 +80,9 @@ def check(
         other: the file that a key may belong in instead.
         rules: asked for each section whose values are all right.
         init: the command that writes such a file.
+        files: whether the files that it names must be there.
     """
-    walk = _Walk(kind, folder, other)
+    walk = _Walk(kind, folder, other, files)
     plain = walk.table(kind, data, "")
     wrong = {problem.key.partition(".")[0] for problem in walk.problems}
     for field in msgspec.structs.fields(kind):
@@ -102,8 +104,11 @@ def keys(kind: type[msgspec.Struct], prefix: str = "") -> Iterator[str]:
 
 
 class _Walk:
-    def __init__(self, root: type[msgspec.Struct], folder: Path, other: Schema | None) -> None:
+    def __init__(
+        self, root: type[msgspec.Struct], folder: Path, other: Schema | None, files: bool = True
+    ) -> None:
         self.root = root
+        self.files = files
         self.folder = folder
         self.other = other
         self.problems: list[Problem] = []
@@ -165,7 +170,7 @@ class _Walk:
         if kind == "base":
             local = there or value.startswith((".", "~", "/")) or value.count("/") > 1
             return str(path) if local else value
-        if kind == "file" and not is_file:
+        if kind == "file" and self.files and not is_file:
             what = "which is no file" if there else "which does not exist"
             hint = f"looked at {path}; paths start at the config file"
             self.problems.append(Problem(key, f"received {shown(value)}, {what}", hint))

@@ -36,36 +36,39 @@ _AGENT = Schema(AgentConfig, "agent.toml", "the device", "edge-agent init")
 _RUN = Schema(RunConfig, "run.toml", "the server", "edge-aggregator init")
 
 
-def load_agent_config(path: str | Path) -> AgentConfig:
-    """The device's config. Paths in it are absolute. Raises ConfigError with every error of the file."""
+def load_agent_config(path: str | Path, *, files: bool = True) -> AgentConfig:
+    """The device's config. Paths in it are absolute. Raises ConfigError with every error of the file.
+
+    ``files``: false where nothing is made of the files that it names, so that they may be away.
+    """
     rules: Rules = {
         "agent": _check_agent,
         "broker": _check_agent_broker,
         "data": _check_data,
-        "trainer": _check_trainer,
+        "trainer": _check_trainer if files else _check_precision,
         "gates": _check_gates,
     }
-    return _load(path, AgentConfig, _AGENT, _RUN, rules)
+    return _load(path, AgentConfig, _AGENT, _RUN, rules, files)
 
 
-def load_run_config(path: str | Path) -> RunConfig:
-    """The server's config. Paths in it are absolute. Raises ConfigError with every error of the file."""
+def load_run_config(path: str | Path, *, files: bool = True) -> RunConfig:
+    """The server's config, as ``load_agent_config`` does it."""
     rules: Rules = {
         "run": _check_run,
         "broker": check_broker,
         "lora": _check_lora,
         "rounds": _check_rounds,
         "evaluation": _check_evaluation,
-        "trainer": _check_trainer,
+        "trainer": _check_trainer if files else _check_precision,
     }
-    return _load(path, RunConfig, _RUN, _AGENT, rules)
+    return _load(path, RunConfig, _RUN, _AGENT, rules, files)
 
 
-def _load(path: str | Path, kind: type[_S], own: Schema, other: Schema, rules: Rules) -> _S:
+def _load(path: str | Path, kind: type[_S], own: Schema, other: Schema, rules: Rules, files: bool) -> _S:
     file = Path(path).expanduser()
     data = read_toml(file, own.init)
     folder = file.absolute().parent
-    return check(file, data, kind, folder=folder, other=other, rules=rules, init=own.init)
+    return check(file, data, kind, folder=folder, other=other, rules=rules, init=own.init, files=files)
 
 
 def _check_agent(agent: AgentSection) -> list[Problem]:
@@ -102,16 +105,21 @@ def _check_data(data: DataSection, key: str = "data") -> list[Problem]:
 
 
 def _check_trainer(trainer: TrainerSection) -> list[Problem]:
-    if trainer.base_plan is None:
-        return []
-    if trainer.base_precision != "fp32":
-        what = f'is "{trainer.base_precision}", and trainer.base_plan says otherwise'
-        return [Problem("trainer.base_precision", what, "take one of the two out")]
+    problems = _check_precision(trainer)
+    if problems:
+        return problems
     try:
         trainer.base_held()
     except ConfigError as error:
         return [Problem("trainer.base_plan", error.message, error.hint)]
     return []
+
+
+def _check_precision(trainer: TrainerSection) -> list[Problem]:
+    if trainer.base_plan is None or trainer.base_precision == "fp32":
+        return []
+    what = f'is "{trainer.base_precision}", and trainer.base_plan says otherwise'
+    return [Problem("trainer.base_precision", what, "take one of the two out")]
 
 
 def _check_gates(gates: GatesSection) -> list[Problem]:

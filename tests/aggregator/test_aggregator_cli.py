@@ -93,6 +93,17 @@ def test_status_beside_a_running_server(world: World, command: Command) -> None:
     server.close()
 
 
+def test_reading_needs_no_file_of_a_run(world: World, command: Command) -> None:
+    config = world.folder / "run.toml"
+    config.write_text(TOML + '[trainer]\nbase_plan = "gone.json"\n')
+    (world.folder / "rows.jsonl").unlink()
+    for name in ("status", "devices", "rounds", "versions", "export"):
+        out = ("--out", str(world.folder / "out")) if name == "export" else ()
+        assert command(name, "-c", str(config), *out)[0] == 0, name
+    code, _, told = command("run", "-c", str(config))
+    assert code == 64 and "rows.jsonl" in told and "gone.json" in told
+
+
 def test_an_insecure_broker_shows(world: World, command: Command) -> None:
     note = {"url": "mqtt://10.0.0.1:1883", "kind": "external", "namespace": "edge", "insecure": True}
     (world.folder / "state" / "broker.json").write_text(json.dumps(note))
@@ -109,7 +120,8 @@ def test_a_merged_model_of_a_quantized_base_is_refused(world: World, command: Co
 
 def test_devices_rounds_versions(world: World, command: Command) -> None:
     config = str(world.folder / "run.toml")
-    assert "kitchen (jetson-nano, emulated)" in command("devices", "-c", config)[1]
+    told = command("devices", "-c", config)[1]
+    assert "kitchen (jetson-nano, emulated)" in told and "was running" in told, "both are gone"
     devices = json.loads(command("devices", "-c", config, "--json")[1])
     assert [one["device"] for one in devices] == ["garden", "kitchen"]
     assert devices[1]["bytes_up"] > 0 and devices[1]["emulated"] is True and not devices[1]["online"]

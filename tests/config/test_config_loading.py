@@ -182,6 +182,14 @@ def test_data_paths(agent, path, told):
     assert told in text
 
 
+def test_who_only_looks_needs_no_files(agent, tmp_path):
+    (tmp_path / "rows.jsonl").unlink()
+    assert "data.path" in error(agent, AGENT)
+    (tmp_path / "agent.toml").write_text(AGENT + '[trainer]\nbase_plan = "gone.json"\n')
+    config = load_agent_config(tmp_path / "agent.toml", files=False)
+    assert config.data.path == str(tmp_path / "rows.jsonl")
+
+
 def test_data_formats_and_columns(agent, tmp_path):
     (tmp_path / "rows.xlsx").touch()
     assert 'suffix ".xlsx"' in error(agent, AGENT.replace("rows.jsonl", "rows.xlsx"))
