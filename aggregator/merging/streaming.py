@@ -19,7 +19,7 @@ from edge_sdk.updates.keys import Adapter
 
 __all__ = ["BLOCK_BYTES", "Fresh", "Held", "Merge", "Source", "merge_adapter"]
 
-BLOCK_BYTES = 12 << 20
+BLOCK_BYTES = 10 << 20
 Fresh = Callable[[str, tuple[int, int]], Floats]
 
 
