@@ -56,7 +56,8 @@ def test_what_the_benchmark_measures_is_the_file_that_is_read() -> None:
     assert {source.how for source in again.got.values()} == {"measured"}
     assert "whole model" in again.got["seconds.call"].by and "Some CPU" in again.got["packing.fbgemm.8"].on
     lines = table(prices(), found)
-    assert len(lines) == len(found) + 1 and sum(" 1.25 " in line for line in lines) == len(found)
+    assert len(lines) == len(found) + 1
+    assert sum(" 1.25 " in line for line in lines) == sum(value > 0 for value in found.values())
 
 
 def test_calls_and_what_is_fixed_come_of_small_steps() -> None:
