@@ -63,7 +63,8 @@ def test_below_the_mark_the_rounds_pause_until_there_is_room(
     assert kitchen.state is not None and not kitchen.state.ready and kitchen.state.reason == "storage"
 
     (tmp_path / "run.toml").write_text(
-        '[run]\nname = "demo"\nlabels = ["no", "yes"]\nstate_dir = "state"\n[base]\npath = "base"\n[storage]\nkeep_free_mb = 4\n'
+        '[run]\nname = "demo"\nlabels = ["no", "yes"]\nstate_dir = "state"\n'
+        '[base]\npath = "base"\n[storage]\nkeep_free_mb = 4\n'
     )
     show_status(tmp_path / "run.toml", as_json=True)
     told = json.loads(capsys.readouterr().out)
