@@ -70,7 +70,7 @@ def swapped(devices: tuple[Device, ...]) -> tuple[Device, ...]:
 class Shape:
     """Rounds and steps, and what else run.toml says."""
 
-    rounds: int = 9
+    rounds: int = 7
     steps: int = 25
     deadline_s: float = 30.0
     """Fixed: three processes on two cores measure their speeds with much noise, and here memory and link are
