@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aggregator.evaluation import failure
+from edge_sdk.clock import next_within
 from edge_sdk.config.run import RunConfig
+from edge_sdk.console import counted
 from edge_sdk.errors import MechanismError, TrainerError
 from edge_sdk.protocol.trainer import Died, Export, Exported, Failed, Progress, TrainerHost, TrainerReply
 from edge_sdk.protocol.wire import Run
@@ -57,11 +59,11 @@ class Origin:
         if self.loss is not None:
             score += f", loss {self.loss:.4f}"
         named = ", ".join(self.devices[:_MOST_NAMED]) + (", ..." if len(self.devices) > _MOST_NAMED else "")
-        after = "1 round" if self.rounds == 1 else f"{self.rounds} rounds"
         lines = [
             "## The run",
             "",
-            f"- Run `{run.run}`, version {self.number} of {self.versions} after {after}",
+            f"- Run `{run.run}`, version {self.number} of {self.versions} "
+            f"after {counted(self.rounds, 'round')}",
             f"- Method: {self.method}",
             f"- Devices: {len(self.devices)} ({named})" if self.devices else "- Devices: none yet",
             f"- Held-out {score}",
@@ -163,7 +165,7 @@ def _answer(replies: queue.SimpleQueue[TrainerReply]) -> Path:
 def _await_end(replies: queue.SimpleQueue[TrainerReply]) -> None:
     until = time.monotonic() + _INTERRUPT_S
     with contextlib.suppress(queue.Empty):
-        while isinstance(replies.get(timeout=max(0.0, until - time.monotonic())), Progress):
+        while isinstance(next_within(replies, until - time.monotonic()), Progress):
             pass
 
 

@@ -30,7 +30,7 @@ from edge_sdk.protocol.spec import Setting
 __all__ = ["estimate", "fit_cost", "non_negative_least_squares", "setting_of"]
 
 _MEMORY_PRIOR = 0.4
-"""A scale that is off its counted value by all of it weighs as much as a probe that is off by half."""
+"""A scale that is off its counted value by all of it weighs as much as a probe that is off by two fifths."""
 _ROOMS_PRIOR = 0.25
 """The same of the two rooms' difference: a packed layer's room holds more tensors than a plain one's, so the
 one tells of the other, but not all."""
